@@ -1,0 +1,78 @@
+"""``imagen-kit evaluate``: how often a recipe draws what the caption says, by the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagen_kit.cli import common
+from imagen_kit.errors import KitError, unknown
+from imagen_kit.files import replacing, require_writable
+
+LANGUAGES = ("en", "zh")
+SPLITS = ("train", "held_out", "all")
+
+
+def evaluate(
+    recipe: common.RecipeArgument,
+    count: Annotated[int, typer.Option("-n", "--num", help="Captions in each language.")] = 200,
+    languages: Annotated[str, typer.Option("--languages", help="Comma-separated: en, zh.")] = "en,zh",
+    split: Annotated[
+        str, typer.Option("--split", help="Attribute combinations: held_out, train or all.")
+    ] = "held_out",
+    sampler: common.SamplerOption = None,
+    steps: common.StepsOption = None,
+    guidance: common.GuidanceOption = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of captions and pictures.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures at a time.")] = 50,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A JSON file.")
+    ] = None,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = "fp32",
+    assignments: common.SetOption = None,
+) -> None:
+    """Draw captions of the pocket world and let the judge read them back."""
+    if count < 1 or batch_size < 1:
+        raise KitError(f"--num and --batch-size must be at least 1, not {min(count, batch_size)}")
+    if split not in SPLITS:
+        raise KitError("--split: " + unknown("split", split, SPLITS))
+    chosen = parse_languages(languages)
+    if output is not None:
+        require_writable(output)
+    scale = common.check_guidance(guidance)
+    checked = common.load_recipe(recipe, assignments, sampler, steps)
+    where, precision = common.find_device(device), common.find_dtype(dtype)
+    with common.working(f"loading {checked.name}"):
+        from imagen_kit.evaluation import pocket
+
+        pipeline = checked.build(where, precision)
+    report = pocket.evaluate(
+        pipeline,
+        n=count,
+        languages=chosen,
+        split=split,
+        seed=seed,
+        batch_size=batch_size,
+        guidance=scale,
+        progress=True,
+    )
+    text = json.dumps({"recipe": checked.name, **report}, indent=2, ensure_ascii=False)
+    if output is not None:
+        with replacing(output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    typer.echo(text)
+
+
+def parse_languages(text: str) -> tuple[str, ...]:
+    """``"en,zh"`` → ("en", "zh"); KitError for a language without captions."""
+    chosen = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for word in chosen:
+        if word not in LANGUAGES:
+            raise KitError("--languages: " + unknown("language", word, LANGUAGES))
+    if not chosen:
+        raise KitError(f"--languages is empty; choose from {', '.join(LANGUAGES)}")
+    return chosen

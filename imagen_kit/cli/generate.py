@@ -1,0 +1,71 @@
+"""``imagen-kit generate``: prompts to picture files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imagen_kit.cli import common
+from imagen_kit.errors import KitError
+from imagen_kit.files import require_writable
+
+
+def generate(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; each prompt in quotes.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE_OR_DIR", help="A .png, .jpg or .webp file, or a folder."
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="A shipped recipe's name, or a YAML file of your own.")
+    ] = "pocket-imagen",
+    sampler: common.SamplerOption = None,
+    steps: common.StepsOption = None,
+    guidance: common.GuidanceOption = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the first picture of each prompt; the others count on.")
+    ] = 0,
+    num: Annotated[int, typer.Option("--num", help="Pictures a prompt.")] = 1,
+    negative: Annotated[str | None, typer.Option("--negative", help="What guidance leads away from.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Most pictures at a time.")] = None,
+    device: common.DeviceOption = None,
+    dtype: common.DtypeOption = "fp32",
+    assignments: common.SetOption = None,
+) -> None:
+    """Draw pictures of prompts.
+
+    The same prompt, seed and settings give the same picture, whatever else is drawn with it.
+    """
+    from imagen_kit.images import output_paths
+
+    for place, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise KitError(f"prompt {place} is empty")
+    if num < 1:
+        raise KitError(f"--num must be at least 1, not {num}")
+    if batch_size is not None and batch_size < 1:
+        raise KitError(f"--batch-size must be at least 1, not {batch_size}")
+    for path in output_paths(output, len(prompts) * num):
+        require_writable(path.parent, folder=True, make=False)
+        if path.is_dir():
+            raise KitError(f"cannot write {path}: it is a folder")
+    scale = common.check_guidance(guidance)
+    checked = common.load_recipe(recipe, assignments, sampler, steps)
+    where, precision = common.find_device(device), common.find_dtype(dtype)
+    with common.working(f"loading {checked.name}"):
+        pipeline = checked.build(where, precision)
+    began = time.perf_counter()
+    images = pipeline(
+        prompts, negative=negative, seed=seed, num=num, guidance=scale, batch_size=batch_size, progress=True
+    )
+    seconds = time.perf_counter() - began
+    for path in images.save(output):
+        typer.echo(path)
+    typer.echo(f"{len(images)} picture{'s' * (len(images) != 1)} in {seconds:.1f} s", err=True)

@@ -1,0 +1,9 @@
+"""Registry of codecs: ``create(name, **config)``, ``names(pattern)``, ``register(name)``, ``describe(name)``."""
+
+from imagen_kit.registry import Registry
+
+registry = Registry("codec", __name__)
+create = registry.create
+names = registry.names
+register = registry.register
+describe = registry.describe

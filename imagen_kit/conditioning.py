@@ -1,0 +1,91 @@
+"""What a denoiser is told besides the noisy picture and the time.
+
+Axes: b batch, n text tokens, d token width, p pooled width, c h w picture, k size numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """A text encoder's answer.
+
+    Attributes:
+        tokens: (b, n, d) contextual embeddings; masked positions are zero.
+        mask: (b, n) bool, True where a token is real.
+        pooled: (b, p) one vector a prompt, or None where the encoder has none.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Conditioning of one batch; absent parts are None.
+
+    Attributes:
+        tokens: (b, n, d) text embeddings.
+        mask: (b, n) bool, True = attend.
+        pooled: (b, p) pooled text.
+        labels: (b,) int64 class labels; ``num_classes`` stands for "no class".
+        low_res: (b, c, h, w) low-resolution picture in [-1, 1], already noised and resized to x's size.
+        low_res_level: (b,) its noise level in [0, 1].
+        size: (b, k) size and crop numbers (SDXL, PixArt).
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    labels: Tensor | None = None
+    low_res: Tensor | None = None
+    low_res_level: Tensor | None = None
+    size: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
+        """The same conditioning with ``function`` applied to every tensor present."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Cond(**{key: None if value is None else function(value) for key, value in values.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
+        """Move; ``dtype`` changes floating-point tensors only."""
+        return self.map(lambda v: v.to(device=device, dtype=dtype if v.is_floating_point() else None))
+
+    def __getitem__(self, index: slice | Tensor) -> Cond:
+        return self.map(lambda v: v[index])
+
+    @property
+    def batch(self) -> int | None:
+        """Batch size, or None when nothing is present."""
+        return next((len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None), None)
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Concatenate along the batch; shorter token sequences are padded with masked zeros.
+
+        Raises:
+            ValueError: a part is present in some and absent in others.
+        """
+        out: dict[str, Tensor] = {}
+        for field in fields(Cond):
+            values = [getattr(c, field.name) for c in conds]
+            present = [v for v in values if v is not None]
+            if not present:
+                continue
+            if len(present) != len(values):
+                raise ValueError(
+                    f"conditioning {field.name!r} is present in some parts of the batch and absent in others"
+                )
+            if field.name in ("tokens", "mask"):
+                longest = max(v.shape[1] for v in present)
+                pad = [(0, 0) * (v.ndim - 2) + (0, longest - v.shape[1]) for v in present]
+                present = [torch.nn.functional.pad(v, p) for v, p in zip(present, pad, strict=True)]
+            out[field.name] = torch.cat(present)
+        return Cond(**out)

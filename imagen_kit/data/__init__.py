@@ -1,0 +1,9 @@
+"""Registry of data sets for training: ``create(name, **config)``, ``names(pattern)``, ``register``, ``describe``."""
+
+from imagen_kit.registry import Registry
+
+registry = Registry("dataset", __name__)
+create = registry.create
+names = registry.names
+register = registry.register
+describe = registry.describe

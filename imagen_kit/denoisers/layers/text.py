@@ -1,0 +1,90 @@
+"""How frozen text features enter a denoiser: a small trained adapter and attention pooling.
+
+Axes: b batch, n tokens, d width, p width of the pooled vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from imagen_kit.attention import attention
+
+
+class TextLayer(nn.Module):
+    """Pre-norm transformer layer over text tokens; masked tokens are never attended to."""
+
+    def __init__(self, dim: int, head_dim: int = 32, expansion: int = 2):
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
+        for last in (self.out, self.mlp[-1]):  # starts as the identity
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, n, d), (b, n) bool → (b, n, d)."""
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (s a d) -> s b a n d", s=3, d=self.head_dim)
+        x = x + self.out(rearrange(attention(q, k, v, mask), "b a n d -> b n (a d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+class AttentionPool(nn.Module):
+    """One vector from the tokens: learned queries attend to them (Imagen §2.3, with layer norms)."""
+
+    def __init__(self, dim: int, out: int, queries: int = 4, head_dim: int = 32):
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Parameter(torch.randn(queries, dim) * dim**-0.5)
+        self.norm = nn.LayerNorm(dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Sequential(nn.LayerNorm(queries * dim), nn.Linear(queries * dim, out))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, n, d), (b, n) bool → (b, out)."""
+        k, v = rearrange(self.kv(self.norm(x)), "b n (s a d) -> s b a n d", s=2, d=self.head_dim)
+        q = (
+            rearrange(self.query, "n (a d) -> 1 a n d", d=self.head_dim)
+            .expand(len(x), -1, -1, -1)
+            .to(k.dtype)
+        )
+        return self.out(rearrange(attention(q, k, v, mask), "b a n d -> b (n a d)"))
+
+
+class TextAdapter(nn.Module):
+    """Frozen text features → tokens for cross-attention and a vector for the time embedding.
+
+    Args:
+        context_dim: width of the encoder's tokens.
+        dim: width of the adapted tokens.
+        embed_dim: width of the time embedding.
+        pooled_dim: width of the encoder's own pooled vector, or None.
+        depth: transformer layers over the tokens.
+    """
+
+    def __init__(
+        self, context_dim: int, dim: int, embed_dim: int, pooled_dim: int | None = None, depth: int = 0
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(context_dim)  # "helps considerably" (Imagen §2.3)
+        self.project = nn.Linear(context_dim, dim)
+        self.layers = nn.ModuleList(TextLayer(dim) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(dim)
+        self.pool = AttentionPool(dim, embed_dim)
+        self.pooled = None if pooled_dim is None else nn.Linear(pooled_dim, embed_dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(b, n, context_dim), (b, n) bool, (b, pooled_dim) → (b, n, dim), (b, embed_dim)."""
+        x = self.project(self.norm(tokens))
+        for layer in self.layers:
+            x = layer(x, mask)
+        x = self.norm_out(x)
+        vector = self.pool(x, mask)
+        if self.pooled is not None and pooled is not None:
+            vector = vector + self.pooled(pooled)
+        return x, vector

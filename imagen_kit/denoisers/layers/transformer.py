@@ -1,0 +1,92 @@
+"""Blocks of the transformers over picture patches.
+
+Axes: b batch, c channels, h w picture, n patches (row by row), m text tokens, d width, a heads, p patch side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from imagen_kit.attention import attention
+
+
+def sincos_positions(h: int, w: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Fixed embedding (h·w, dim) of the cells of a grid: [sin x | cos x | sin y | cos y], float32.
+
+    x and y are column and row numbers times 10000^(-i / (dim/4)), i = 0 … dim/4 - 1: the sinusoids of Vaswani
+    et al. (2017) in the two-dimensional form of MAE and DiT. ``dim`` must be a multiple of 4.
+    """
+    quarter = dim // 4
+    exponents = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
+    omega = torch.exp(-math.log(10_000.0) * exponents)
+    y = torch.arange(h, dtype=torch.float32, device=device)[:, None] * omega
+    x = torch.arange(w, dtype=torch.float32, device=device)[:, None] * omega
+    ys = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)
+    xs = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)
+    return torch.cat([xs, ys], -1).reshape(h * w, dim)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift with x (b, n, d), shift and scale (b, d)."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class PatchEmbed(nn.Module):
+    """Squares of pixels, each projected to one token."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) → (b, (h/p)·(w/p), d)."""
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) → (b, n, d)."""
+        q, k, v = rearrange(self.qkv(x), "b n (s a d) -> s b a n d", s=3, a=self.heads)
+        return self.proj(rearrange(attention(q, k, v), "b a n d -> b n (a d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from patches to text tokens."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """Patches (b, n, d), text (b, m, d), mask (b, m) bool → (b, n, d)."""
+        q = rearrange(self.q(x), "b n (a d) -> b a n d", a=self.heads)
+        k, v = rearrange(self.kv(context), "b m (s a d) -> s b a m d", s=2, a=self.heads)
+        return self.proj(rearrange(attention(q, k, v, mask), "b a n d -> b n (a d)"))
+
+
+class Mlp(nn.Module):
+    """Linear–GELU–Linear, GELU in its tanh form as in DiT."""
+
+    def __init__(self, dim: int, expansion: int = 4):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, expansion * dim)
+        self.fc2 = nn.Linear(expansion * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) → (..., d)."""
+        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))

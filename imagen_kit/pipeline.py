@@ -1,0 +1,372 @@
+"""The path of a picture: prompt → text → stage after stage of a cascade → pictures.
+
+Axes: b pictures of one batch, c h w latents, s side of a stage's picture.
+
+Stages hand each other pictures in [-1, 1]. A picture is a function of its prompt, its seed and the settings
+alone: each sample of each stage draws from a generator of its own, on the CPU, so that neither the batch, nor
+the place in it, nor the device enters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_kit import codecs, samplers
+from imagen_kit.cascade import augment_low_res, check_level
+from imagen_kit.codecs.base import Codec
+from imagen_kit.conditioning import Cond
+from imagen_kit.denoise import denoise_fn
+from imagen_kit.errors import KitError, unknown
+from imagen_kit.guidance.base import Guidance, rescaled_stack, stack
+from imagen_kit.images import Images
+
+Callback = Callable[[str, int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One diffusion model of a cascade.
+
+    Attributes:
+        name: what it is called in settings, e.g. ``base``.
+        denoiser: ``denoiser(x, t, cond)``; from the second stage on it reads ``cond.low_res``.
+        schedule, prediction: what it was trained with.
+        sampler: a sampler.
+        size: side of its picture in pixels.
+        steps: sampler steps; None = the sampler's default.
+        guidance: strategies in the order they act.
+        codec: between pictures and what is diffused.
+        low_res_level: noise-conditioning augmentation in [0, 1], from the second stage on.
+        sigma_data: spread of the data, for ``edm``.
+    """
+
+    name: str
+    denoiser: nn.Module
+    schedule: Any
+    prediction: str
+    sampler: Any
+    size: int
+    steps: int | None = None
+    guidance: tuple[Guidance, ...] = ()
+    codec: Codec = field(default_factory=lambda: codecs.create("pixel"))
+    low_res_level: float = 0.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_level(self.low_res_level, f"low_res_level of stage {self.name!r}")
+        object.__setattr__(self, "guidance", stack(self.guidance))
+        object.__setattr__(self, "steps", check_steps(self.steps))
+        if self.size < 1 or self.size % self.codec.factor:
+            raise KitError(f"stage {self.name!r}: size {self.size} is not a multiple of {self.codec.factor}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the denoiser computes in."""
+        return next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), torch.float32)
+
+
+class Pipeline:
+    """Prompts to pictures.
+
+    Args:
+        text_encoder: ``text_encoder(list[str]) -> TextEmbeddings``.
+        stages: the cascade, base first.
+        unconditional: what CFG takes for "no text": ``empty`` = the encoding of "" (DeepFloyd IF and most
+            since), ``zeros`` = embeddings of zero (Imagen). As the denoisers were trained.
+
+    Raises:
+        KitError: no stages, two of one name, an unknown ``unconditional``.
+    """
+
+    def __init__(self, text_encoder: Any, stages: Sequence[Stage], unconditional: str = "empty"):
+        if not stages:
+            raise KitError("a pipeline needs at least one stage")
+        names = [stage.name for stage in stages]
+        if len(set(names)) < len(names):
+            raise KitError(f"stages need names of their own, got {', '.join(names)}")
+        if unconditional not in ("empty", "zeros"):
+            raise KitError(unknown("unconditional embedding", unconditional, ("empty", "zeros")))
+        self.text_encoder, self.stages, self.unconditional = text_encoder, list(stages), unconditional
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoisers are."""
+        return next((p.device for p in self.stages[0].denoiser.parameters()), torch.device("cpu"))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+        """Move everything to a device and the denoisers to a dtype.
+
+        Text encoder and codecs keep their own dtype policy; the state of the samplers is always float32.
+        """
+        for part in (self.text_encoder, *(stage.codec for stage in self.stages)):
+            if isinstance(part, nn.Module):
+                part.to(device=device)
+        for stage in self.stages:
+            stage.denoiser.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        num: int = 1,
+        sampler: Any = None,
+        steps: int | Mapping[str, int] | None = None,
+        guidance: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Images:
+        """Make ``num`` pictures of every prompt.
+
+        Args:
+            prompts: one or more texts.
+            negative: what guidance leads away from in place of "no text": one text, or one a prompt.
+            seed: one number, or one a prompt; picture j of a prompt has seed + j.
+            num: pictures a prompt.
+            sampler: another sampler for the first stage (a name or an object), or ``{stage name: sampler}``.
+            steps: other numbers of steps, likewise.
+            guidance: other guidance, likewise: a number (the scale of the strategies that have one; CFG where
+                none has), a strategy, or a list of them.
+            batch_size: most pictures at a time; None = all.
+            progress: show a bar over network evaluations.
+            callback: ``callback(stage name, step, x, x0)`` after every sampler step, on latents.
+
+        Returns:
+            ``len(prompts)·num`` pictures, those of one prompt together.
+
+        Raises:
+            KitError: an empty prompt, steps below 1, guidance that is not a number, an unknown stage or
+                sampler, a number of negatives or seeds that does not fit, pictures that are not finite.
+        """
+        texts = _texts(prompts, "prompt")
+        away = _per_prompt(_texts(negative or "", "negative", may_be_empty=True), texts, "negative")
+        _check_count(num, "num")
+        _check_count(batch_size, "batch_size", optional=True)
+        seeds = [s + j for s in _seeds(seed, texts) for j in range(num)]
+        stages = self._settings(sampler, steps, guidance)
+        # traced before any text is encoded: a sampler that does not fit its schedule is told at once
+        tableaus = [stage.sampler.tableau(stage.schedule, stage.steps) for stage in stages]
+        owner = torch.arange(len(texts), device=self.device).repeat_interleave(num)
+        conds = {name: cond[owner] for name, cond in self._encode(texts, away, stages).items()}
+        size = batch_size or len(seeds)
+        batches = [slice(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
+        total = len(batches) * sum(tableau.nfe for tableau in tableaus) if progress else 0
+        plan = [(stage, tableau.prior_std) for stage, tableau in zip(stages, tableaus, strict=True)]
+        pictures = []
+        with _bar(total) as tick, _evaluating([stage.denoiser for stage in stages]):
+            for part in batches:
+                here = {name: cond[part] for name, cond in conds.items()}
+                pictures.append(self._run(plan, here, seeds[part], tick, callback))
+        names = [text for text in texts for _ in range(num)]
+        return Images(torch.cat(pictures).add(1).div(2), names, seeds)
+
+    def _settings(self, sampler: Any, steps: Any, guidance: Any) -> list[Stage]:
+        """The stages with this call's settings."""
+        stages = list(self.stages)
+        for i, name in self._chosen(sampler):
+            stages[i] = replace(stages[i], sampler=name if hasattr(name, "sample") else samplers.create(name))
+        for i, count in self._chosen(steps):
+            stages[i] = replace(stages[i], steps=count)
+        for i, wanted in self._chosen(guidance):
+            many = isinstance(wanted, Guidance | Sequence) and not isinstance(wanted, str)
+            new = stack(wanted) if many else rescaled_stack(stages[i].guidance, wanted)
+            stages[i] = replace(stages[i], guidance=new)
+        return stages
+
+    def _chosen(self, setting: Any) -> list[tuple[int, Any]]:
+        """(stage index, value) of a setting for the first stage or by stage name."""
+        if setting is None:
+            return []
+        if not isinstance(setting, Mapping):
+            return [(0, setting)]
+        index = {stage.name: i for i, stage in enumerate(self.stages)}
+        for name in setting:
+            if name not in index:
+                raise KitError(unknown("stage", name, index))
+        return [(index[name], value) for name, value in setting.items()]
+
+    def _encode(self, texts: list[str], away: list[str], stages: list[Stage]) -> dict[str, Cond]:
+        """Conditionings with one row a prompt; a text is encoded once, and only if some stage reads it."""
+        read = {branch.cond for stage in stages for strategy in stage.guidance for branch in strategy.needs}
+        if any(away) and "uncond" not in read:
+            raise KitError("a negative prompt acts through guidance; give a guidance scale other than 1")
+        rows = {"cond": texts, "uncond": away, "null": [""] * len(texts)}
+        rows = {name: row for name, row in rows.items() if name == "cond" or name in read}
+        unique = list(dict.fromkeys(itertools.chain.from_iterable(rows.values())))
+        place = {text: i for i, text in enumerate(unique)}
+        found = self.text_encoder(unique)
+        every = Cond(found.tokens, found.mask, found.pooled).to(self.device)
+        if self.unconditional == "zeros" and "" in place:
+            blank = torch.tensor([place[""]], device=self.device)
+            tokens, pooled = (
+                v if v is None else v.index_fill(0, blank, 0) for v in (every.tokens, every.pooled)
+            )
+            every = replace(every, tokens=tokens, pooled=pooled)
+        return {
+            name: every[torch.tensor([place[text] for text in row], device=self.device)]
+            for name, row in rows.items()
+        }
+
+    def _run(
+        self,
+        plan: list[tuple[Stage, float]],
+        conds: dict[str, Cond],
+        seeds: list[int],
+        tick: Callable[[], None],
+        callback: Callback | None,
+    ) -> Tensor:
+        """One batch through stages that start from noise of given spread: (b, 3, s, s) in [-1, 1]."""
+        picture: Tensor | None = None
+        for i, (stage, spread) in enumerate(plan):
+            side = stage.size // stage.codec.factor
+            generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for seed in seeds]
+            draw = _noise_source(generators, (stage.codec.channels, side, side), self.device)
+            x = draw() * spread
+            here = {name: cond.to(dtype=stage.dtype) for name, cond in conds.items()}
+            if picture is not None:
+                aux = _noise_source(generators, (picture.shape[1], side, side), self.device)()
+                low_res = augment_low_res(picture, side, stage.low_res_level, aux).to(stage.dtype)
+                level = torch.full((len(seeds),), stage.low_res_level, device=self.device)
+                here = {n: replace(c, low_res=low_res, low_res_level=level) for n, c in here.items()}
+            latents = self._sample(stage, x, here, draw, tick, callback)
+            picture = stage.codec.decode(latents).float()
+            if not torch.isfinite(picture).all():
+                raise KitError(f"stage {stage.name!r} gave values that are not finite (in {stage.dtype})")
+            picture = picture.clamp(-1, 1)
+        assert picture is not None
+        return picture
+
+    def _sample(
+        self,
+        stage: Stage,
+        x: Tensor,
+        conds: dict[str, Cond],
+        draw: Callable[[], Tensor],
+        tick: Callable[[], None],
+        callback: Callback | None,
+    ) -> Tensor:
+        """Latents (b, c, h, w) of one stage from its starting noise."""
+        denoise = denoise_fn(
+            stage.denoiser,
+            stage.schedule,
+            stage.prediction,
+            cond=conds["cond"],
+            uncond=conds.get("uncond"),
+            others={name: cond for name, cond in conds.items() if name not in ("cond", "uncond")},
+            guidance=stage.guidance,
+            sigma_data=stage.sigma_data,
+            dtype=stage.dtype,
+        )
+
+        def counted(x: Tensor, t: float | Tensor) -> Tensor:
+            x0 = denoise(x, t)
+            tick()
+            return x0
+
+        def report(step: int, x: Tensor, x0: Tensor) -> None:
+            assert callback is not None
+            callback(stage.name, step, x, x0)
+
+        return stage.sampler.sample(
+            counted, x, stage.schedule, stage.steps, noise=draw, callback=report if callback else None
+        )
+
+
+def derive_seed(seed: int, stage: int) -> int:
+    """A seed for one stage of one picture: 63 bits of SHA-256, so that no two are related."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{stage}".encode()).digest()[:8], "big") >> 1
+
+
+def check_steps(steps: object) -> int | None:
+    """Sampler steps, or None for the sampler's default; KitError unless a whole number of at least 1."""
+    _check_count(steps, "steps", optional=True)
+    return steps  # type: ignore[return-value]
+
+
+def _check_count(value: object, what: str, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise KitError(f"{what} must be a whole number of at least 1, got {value!r}")
+
+
+def _texts(texts: str | Sequence[str], what: str, may_be_empty: bool = False) -> list[str]:
+    found = [texts] if isinstance(texts, str) else list(texts)
+    if not found:
+        raise KitError(f"no {what} given")
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise KitError(f"{what} {i + 1} must be a text, got {text!r}")
+        if not text.strip() and not may_be_empty:
+            raise KitError(f"{what} {i + 1} is empty")
+    return found
+
+
+def _per_prompt(values: list[Any], texts: list[str], what: str) -> list[Any]:
+    if len(values) == 1:
+        return values * len(texts)
+    if len(values) != len(texts):
+        raise KitError(f"{len(values)} values of {what} for {len(texts)} prompts; give one, or one a prompt")
+    return values
+
+
+def _seeds(seed: int | Sequence[int], texts: list[str]) -> list[int]:
+    seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise KitError(f"seed must be a whole number, got {value!r}")
+    return _per_prompt(seeds, texts, "seed")
+
+
+def _noise_source(
+    generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
+    """() → (b, *shape) standard normal, row by row from the samples' own CPU generators."""
+
+    def draw() -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if device.type == "cuda":  # pinned memory is copied without stalling the device
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
+
+    return draw
+
+
+@contextlib.contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Dropout and the like off, and afterwards as it was: sampling amid training changes nothing."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar over ``total`` network evaluations, or nothing when that is 0; yields its tick."""
+    if not total:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("sampling", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,201 @@
+"""A recipe: a YAML file that names parts, checked as a whole and then built into a pipeline.
+
+``load("pocket-imagen")`` reads and checks; every fault of the file is reported at once, each with its path,
+the rule and the nearest valid name, before any weight is read. ``load(...).build()`` makes the parts and
+wires their dimensions: encoder width and codec channels to denoiser, schedule time to time embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagen_kit.errors import Fault, KitError, RecipeError
+from imagen_kit.recipe import check, source, validate
+from imagen_kit.recipe.source import names
+from imagen_kit.recipe.spec import Part, RecipeSpec, StageSpec, normalise
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from imagen_kit.pipeline import Pipeline
+
+__all__ = ["Part", "Recipe", "RecipeSpec", "StageSpec", "load", "names"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that has been checked.
+
+    Attributes:
+        spec: its content.
+        source: the name or path it was loaded by.
+        folder: where its relative file names start.
+        train: its ``train`` section, validated (``imagen_kit.training.config.TrainConfig``), or None.
+    """
+
+    spec: RecipeSpec
+    source: str
+    folder: Path
+    train: Any = field(default=None, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def stages(self) -> list[StageSpec]:
+        return self.spec.stages
+
+    def build(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, weights: bool = True
+    ) -> Pipeline:
+        """The pipeline, its weights loaded.
+
+        Args:
+            device: where its networks go.
+            dtype: of the denoisers; float32 by default. The sampler's state stays float32.
+            weights: load the stages' weight files; False leaves every denoiser at its initial values.
+
+        Raises:
+            KitError: a weight file that is missing, damaged or does not fit, before anything is computed.
+        """
+        from imagen_kit.pipeline import Pipeline
+
+        if weights:
+            self._require_weights()
+        encoder = self.build_text_encoder()
+        stages = [self._stage(index, encoder, weights) for index in range(len(self.stages))]
+        return Pipeline(encoder, stages, self.spec.unconditional).to(device, dtype)
+
+    def build_text_encoder(self) -> Any:
+        """The frozen text encoder with its weights."""
+        part = self.spec.text_encoder
+        return check.registries()["text_encoder"].create(
+            part.name, **source.localised(part.options, self.folder)
+        )
+
+    def build_stage_denoiser(self, index: int, text_encoder: Any = None, weights: bool = True) -> nn.Module:
+        """The denoiser of stage ``index``, in float32 on the CPU.
+
+        Args:
+            index: of the stage.
+            text_encoder: what it is wired to; built when not given, since only then its widths are known.
+            weights: load the stage's weight file; without one, or with False, initial values are drawn from
+                torch's global generator.
+        """
+        stage = self.stages[index]
+        encoder = self.build_text_encoder() if text_encoder is None else text_encoder
+        text = {"context_dim": encoder.dim, "pooled_dim": encoder.pooled_dim}
+        self._require_agreement(index, text)
+        dimensions = {**check.dimensions(stage, index), **text}
+        registry = check.registries()["denoiser"]
+        options = check.wired(registry, stage.denoiser.name, stage.denoiser.options, dimensions)
+        module = registry.create(stage.denoiser.name, **options)
+        if weights and stage.weights != "random":
+            from imagen_kit.weights import load_strict
+
+            load_strict(module, self.weight_file(index))
+        return module
+
+    def build_stage_parts(self, index: int) -> dict[str, Any]:
+        """Everything of stage ``index`` that holds no weights: schedule, codec, sampler and guidance."""
+        stage, kinds = self.stages[index], check.registries()
+        parts = {key: getattr(stage, key) for key in ("schedule", "codec", "sampler")}
+        built = {key: kinds[key].create(part.name, **part.options) for key, part in parts.items()}
+        built["guidance"] = tuple(kinds["guidance"].create(p.name, **p.options) for p in stage.guidance)
+        return built
+
+    def weight_file(self, index: int) -> Path:
+        """Where the weights of stage ``index`` lie: beside the recipe, else from the working folder.
+
+        Raises:
+            KitError: there is no such file, with the nearest one.
+        """
+        from imagen_kit import weights_path
+
+        weights = self.stages[index].weights
+        if weights.startswith(weights_path.PREFIX):
+            return weights_path.resolve(weights)
+        here = Path(weights).expanduser()
+        beside = self.folder / here
+        return weights_path.resolve(here if here.exists() and not beside.exists() else beside)
+
+    def _stage(self, index: int, encoder: Any, weights: bool) -> Any:
+        from imagen_kit.pipeline import Stage
+
+        stage = self.stages[index]
+        with _seeded(index):  # a stage with random weights is the same network every time
+            denoiser = self.build_stage_denoiser(index, encoder, weights)
+        return Stage(
+            name=stage.name,
+            denoiser=denoiser,
+            prediction=stage.prediction,
+            size=stage.size,
+            steps=stage.sampler.steps,
+            low_res_level=stage.low_res_level,
+            sigma_data=stage.sigma_data,
+            **self.build_stage_parts(index),
+        )
+
+    def _require_weights(self) -> None:
+        """All missing or damaged weight files at once, before the first is loaded."""
+        from imagen_kit.weights import read_header
+
+        faults = []
+        for index, stage in enumerate(self.stages):
+            if stage.weights != "random":
+                try:
+                    read_header(self.weight_file(index))
+                except KitError as error:
+                    faults.append(Fault(f"stages.{index}.weights", str(error)))
+        if faults:
+            raise RecipeError(self.source, faults)
+
+    def _require_agreement(self, index: int, dimensions: dict[str, Any]) -> None:
+        """A dimension typed in the recipe although it is wired must at least be the right one."""
+        typed = self.stages[index].denoiser.options
+        faults = [
+            Fault(
+                f"stages.{index}.denoiser.{key}",
+                f"is {typed[key]}, but the text encoder's is {value}; leave it out, it is wired",
+            )
+            for key, value in dimensions.items()
+            if typed.get(key) not in (None, value)
+        ]
+        if faults:
+            raise RecipeError(self.source, faults)
+
+
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name_or_path: a shipped recipe's name, or a YAML file anywhere.
+        overrides: ``"stages.base.sampler.steps=8"`` and the like, applied before checking.
+
+    Raises:
+        RecipeError: every fault found.
+        KitError: no such recipe, not YAML, or a malformed override.
+    """
+    path = source.find(name_or_path)
+    data = normalise(source.override(source.read(path), overrides))
+    if faults := validate.faults(data):
+        raise RecipeError(str(name_or_path), faults)
+    return Recipe(
+        RecipeSpec.model_validate(data), str(name_or_path), path.parent, validate.train_config(data)
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator at ``seed`` inside, and as it was afterwards."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,158 @@
+"""The structure of a recipe as pydantic models, and pydantic's complaints as plain lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from imagen_kit.errors import Fault, nearest
+
+
+class Part(BaseModel):
+    """A component: its registered name, every other key an option of its constructor."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = Field(min_length=1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class SamplerPart(Part):
+    """A sampler and the number of steps it takes by default in this stage; None leaves it to the sampler."""
+
+    steps: int | None = Field(None, ge=1)
+
+
+class StageSpec(BaseModel):
+    """One diffusion model of the cascade.
+
+    ``size`` is the side of its picture in pixels, ``low_res_level`` the noise level in [0, 1] at which a
+    later stage is shown the picture of the one before, ``weights`` a safetensors file (relative to the
+    recipe; ``package:`` starts in the kit's own weights) or ``random``.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z_][\w-]*$")
+    size: int = Field(ge=1)
+    schedule: Part
+    prediction: str
+    sigma_data: float = Field(0.5, gt=0)
+    codec: Part = Part(name="pixel")
+    denoiser: Part
+    weights: str = "random"
+    sampler: SamplerPart
+    guidance: list[Part] = []
+    low_res_level: float = Field(0.0, ge=0, le=1)
+
+
+class RecipeSpec(BaseModel):
+    """A whole recipe: a text encoder, the stages in order, and how they are trained.
+
+    Only a recipe that pretrains its text encoder (``train.task: text``) has no stages.
+
+    ``unconditional`` is what guidance takes for "no text", as the denoisers were trained: the encoding of the
+    empty prompt, or zeros.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(min_length=1)
+    description: str = ""
+    text_encoder: Part
+    unconditional: Literal["empty", "zeros"] = "empty"
+    stages: list[StageSpec] = []
+    train: dict[str, Any] | None = None
+
+
+PART_KEYS = ("schedule", "codec", "denoiser", "sampler")
+
+
+def normalise(data: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which parts given by bare names are maps: ``schedule: flow`` → ``schedule: {name: flow}``."""
+
+    def part(value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    out = dict(data)
+    if "text_encoder" in out:
+        out["text_encoder"] = part(out["text_encoder"])
+    if isinstance(out.get("stages"), list):
+        out["stages"] = [dict(stage) if isinstance(stage, dict) else stage for stage in out["stages"]]
+        for stage in (stage for stage in out["stages"] if isinstance(stage, dict)):
+            stage.update({key: part(stage[key]) for key in PART_KEYS if key in stage})
+            if isinstance(stage.get("guidance"), list):
+                stage["guidance"] = [part(item) for item in stage["guidance"]]
+    return out
+
+
+def structure_faults(model: type[BaseModel], data: Any, prefix: str = "") -> Iterator[Fault]:
+    """What pydantic finds wrong in ``data``, each with its dotted path, in file order."""
+    try:
+        # As JSON: a list then fits a tuple, as it must for YAML, while "3" still does not fit a number.
+        model.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        for entry in error.errors(include_url=False):
+            path = ".".join(map(str, (prefix, *entry["loc"]) if prefix else entry["loc"]))
+            yield Fault(path, _unknown_key(model, entry) or plain(entry))
+
+
+def plain(entry: Any) -> str:
+    """One pydantic error as a plain rule with the value that breaks it."""
+    kind, context, value = entry["type"], entry.get("ctx", {}), shorten(entry["input"])
+    rules = {
+        "missing": "is missing",
+        "int_type": f"must be a whole number, not {value}",
+        "int_from_float": f"must be a whole number, not {value}",
+        "float_type": f"must be a number, not {value}",
+        "bool_type": f"must be true or false, not {value}",
+        "string_type": f"must be text, not {value}",
+        "list_type": f"must be a list, not {value}",
+        "tuple_type": f"must be a list, not {value}",
+        "dict_type": f"must be a map, not {value}",
+        "model_type": f"must be a map of keys (a part: its name, or a map with 'name'), not {value}",
+        "greater_than_equal": f"must be at least {context.get('ge')}, not {value}",
+        "greater_than": f"must be more than {context.get('gt')}, not {value}",
+        "less_than_equal": f"must be at most {context.get('le')}, not {value}",
+        "less_than": f"must be less than {context.get('lt')}, not {value}",
+        "string_too_short": "must not be empty",
+        "too_short": f"must have at least {context.get('min_length')} item(s)",
+        "string_pattern_mismatch": f"must be letters, digits, - and _ beginning with a letter, not {value}",
+    }
+    if kind == "literal_error":
+        guess = nearest(
+            entry["input"], context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        )
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        return f"must be {context['expected']}, not {value}{hint}"
+    return rules.get(kind, f"{entry['msg']}, not {value}")
+
+
+def shorten(value: Any) -> str:
+    """The value's repr, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown_key(model: type[BaseModel], entry: Any) -> str | None:
+    """The line for a key that the model has not, with the nearest one that it has."""
+    if entry["type"] != "extra_forbidden":
+        return None
+    holder: type[BaseModel] = model
+    for step in entry["loc"][:-1]:
+        if isinstance(step, str) and step in holder.model_fields:
+            holder = _model_within(holder.model_fields[step].annotation) or holder
+    key, fields = entry["loc"][-1], list(holder.model_fields)
+    guess = nearest(key, fields)
+    return (
+        f"unknown key; did you mean {guess!r}?" if guess else f"unknown key; choose from {', '.join(fields)}"
+    )
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_within(arg))), None)

@@ -1,0 +1,115 @@
+"""Every fault of a recipe at once: structure, parts, and how the parts fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from imagen_kit.errors import Fault, unknown
+from imagen_kit.recipe import check
+from imagen_kit.recipe.spec import PART_KEYS, Part, RecipeSpec, StageSpec, structure_faults
+
+
+def faults(data: dict[str, Any]) -> list[Fault]:
+    """All that is wrong with the map of a recipe, without doubles; empty when it can be built.
+
+    Whether parts fit each other is asked only of parts that are right by themselves.
+    """
+    found = [*structure_faults(RecipeSpec, data), *part_faults(data), *train_faults(data)]
+    if not found:
+        spec = RecipeSpec.model_validate(data)
+        found = [
+            *cascade_faults(spec),
+            *(f for i, stage in enumerate(spec.stages) for f in fit_faults(stage, i)),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
+    """Names, options and value types of all parts, wherever the structure is sound enough to look."""
+    kinds = check.registries()
+    yield from check.option_faults(kinds["text_encoder"], data.get("text_encoder"), "text_encoder")
+    stages = data.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict):
+            continue
+        path = f"stages.{index}"
+        for key in PART_KEYS:
+            wired = check.WIRED if key == "denoiser" else ()
+            yield from check.option_faults(kinds[key], stage.get(key), f"{path}.{key}", wired)
+        guidance = stage.get("guidance")
+        for place, part in enumerate(guidance if isinstance(guidance, list) else []):
+            yield from check.option_faults(kinds["guidance"], part, f"{path}.guidance.{place}")
+        if isinstance(stage.get("prediction"), str):
+            yield from check.prediction_faults(stage["prediction"], f"{path}.prediction")
+
+
+def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
+    """Whether there are stages, and whether they follow each other."""
+    if not spec.stages:
+        if (spec.train or {}).get("task") != "text":
+            yield Fault("stages", "give at least one stage (only a recipe with train.task: text has none)")
+        return
+    for index, stage in enumerate(spec.stages):
+        before = spec.stages[:index]
+        if stage.name in [other.name for other in before]:
+            yield Fault(
+                f"stages.{index}.name", f"{stage.name!r} names two stages; each needs a name of its own"
+            )
+        if before and stage.size < before[-1].size:
+            rule = f"must be at least {before[-1].size}, the size of the stage before, not {stage.size}"
+            yield Fault(f"stages.{index}.size", rule)
+    if spec.stages[0].low_res_level:
+        yield Fault("stages.0.low_res_level", "the first stage has no picture before it; leave it out")
+
+
+def fit_faults(stage: StageSpec, index: int) -> Iterator[Fault]:
+    """Ranges that constructors know, and whether schedule, sampler, prediction and denoiser fit."""
+    kinds, path = check.registries(), f"stages.{index}"
+    parts: list[tuple[str, str, Part]] = [
+        ("schedule", "schedule", stage.schedule),
+        ("codec", "codec", stage.codec),
+        ("sampler", "sampler", stage.sampler),
+        *(("guidance", f"guidance.{place}", part) for place, part in enumerate(stage.guidance)),
+    ]
+    built: dict[str, Any] = {}
+    for kind, key, part in parts:
+        factory = partial(kinds[kind].create, part.name, **part.options)
+        built[key], found = check.construct(factory, f"{path}.{key}")
+        yield from found
+    schedule, sampler, codec = built["schedule"], built["sampler"], built["codec"]
+    if schedule is not None and sampler is not None:
+        yield from check.sampler_faults(sampler, schedule, stage, path)
+    if codec is None or schedule is None:
+        return
+    if stage.size % codec.factor:
+        yield Fault(
+            f"{path}.size",
+            f"must be a multiple of {codec.factor} (codec {stage.codec.name}), not {stage.size}",
+        )
+    else:
+        yield from check.denoiser_faults(kinds["denoiser"], stage, index, f"{path}.denoiser")
+
+
+def train_faults(data: dict[str, Any]) -> Iterator[Fault]:
+    """Faults of the ``train`` section, where there is one."""
+    if isinstance(data.get("train"), dict):
+        from imagen_kit.training.config import TrainConfig
+
+        yield from structure_faults(TrainConfig, data["train"], "train")
+        wanted, stages = data["train"].get("stage"), data.get("stages")
+        names = [
+            str(s.get("name")) for s in (stages if isinstance(stages, list) else []) if isinstance(s, dict)
+        ]
+        if isinstance(wanted, str) and wanted not in names:
+            yield Fault("train.stage", unknown("stage", wanted, names))
+
+
+def train_config(data: dict[str, Any]) -> Any:
+    """The ``train`` section of a sound recipe as a ``TrainConfig``, or None."""
+    if data.get("train") is None:
+        return None
+    from imagen_kit.training.config import TrainConfig
+
+    return TrainConfig.model_validate(data["train"])

@@ -1,0 +1,246 @@
+"""Where a sampler steps: spacings of the time grid, and the points they make.
+
+A spacing is a function (schedule, steps, closed, options) -> native times, noisiest first. Open grids have
+``steps`` times and end at the schedule's clean end (sigma = 0), which is not one of them; closed grids have
+``steps + 1`` times, the last being ``schedule.t_min``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagen_kit.errors import KitError, unknown
+from imagen_kit.schedules.base import UNIT_RATIOS, Schedule
+
+
+@dataclass(frozen=True)
+class Point:
+    """A time with its coefficients: x = alpha x0 + sigma noise."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise level of x / alpha; inf where alpha is 0."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def lam(self) -> float:
+        """lambda = log(alpha / sigma), half the log-SNR; -inf where alpha is 0, inf where sigma is 0."""
+        if not self.alpha:
+            return -math.inf
+        return math.log(self.alpha / self.sigma) if self.sigma else math.inf
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """``offset``: added to the integer times of ``leading``; ``rho``: exponent of ``karras``."""
+
+    offset: int = 0
+    rho: float = 7.0
+
+
+Spacing = Callable[[Schedule, int, bool, GridOptions], np.ndarray]
+SPACINGS: dict[str, Spacing] = {}
+
+
+def spacing(name: str) -> Callable[[Spacing], Spacing]:
+    """Decorator that adds a spacing under ``name``."""
+
+    def add(function: Spacing) -> Spacing:
+        SPACINGS[name] = function
+        return function
+
+    return add
+
+
+@spacing("linspace")
+def linspace(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Evenly from the noisiest to the cleanest time, both included (integers for discrete schedules)."""
+    count = steps + closed
+    if schedule.discrete:
+        return np.linspace(schedule.discrete - 1, 0, count).round()
+    return _shifted(schedule, np.linspace(1, 0, count))
+
+
+@spacing("leading")
+def leading(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Every k-th time from the clean end up, k = T // steps, plus ``offset`` (DDPM, DDIM, SD).
+
+    Closed grids have k = T // (steps + 1) and end at time 0 (DPM-Solver's use of the same name). A single
+    open step would lie at the clean end; it is put at the noisy one.
+    """
+    count = steps + closed
+    if count == 1:
+        return np.array([schedule.t_max])
+    if schedule.discrete:
+        times = np.arange(count)[::-1] * float(schedule.discrete // count)
+        times[:steps] += options.offset
+        return times
+    return _shifted(schedule, np.arange(count)[::-1] / count)
+
+
+@spacing("trailing")
+def trailing(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Evenly from the noisiest time down, without the clean end (Lin et al. 2023, Table 2; flow models)."""
+    if schedule.discrete:
+        times = np.round(schedule.discrete * (1 - np.arange(steps) / steps)) - 1
+        # With as many steps as there are times the last open time is 0 already.
+        return np.append(times, 0.0) if closed and times[-1] > 0 else times
+    uniform = 1 - np.arange(steps + closed) / steps
+    return _shifted(schedule, uniform)
+
+
+@spacing("karras")
+def karras(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """sigma / alpha evenly in its 1/rho-th power (Karras et al. 2022, eq. 5)."""
+
+    def spread(high: float, low: float, count: int) -> np.ndarray:
+        return np.linspace(high ** (1 / options.rho), low ** (1 / options.rho), count) ** options.rho
+
+    return _in_ratio(schedule, steps, closed, spread)
+
+
+@spacing("log_snr")
+def log_snr(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """log(sigma / alpha) evenly (Lu et al. 2022a, section 3.4)."""
+
+    def spread(high: float, low: float, count: int) -> np.ndarray:
+        return np.exp(np.linspace(math.log(high), math.log(low), count))
+
+    return _in_ratio(schedule, steps, closed, spread)
+
+
+@spacing("auto")
+def auto(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """``trailing`` where time is bounded, ``karras`` where it is the noise level itself (edm)."""
+    return (trailing if math.isfinite(schedule.domain[1]) else karras)(schedule, steps, closed, options)
+
+
+SPACINGS["exponential"] = log_snr
+
+
+def grid(
+    schedule: Schedule,
+    steps: int,
+    spacing: str,
+    final: str,
+    options: GridOptions = GridOptions(),
+) -> list[Point]:
+    """Points of the grid, noisiest first, ``steps`` intervals; the last is the end of sampling.
+
+    Raises:
+        KitError: unknown spacing, more steps than the schedule has times, a spacing that does not fit.
+    """
+    if spacing not in SPACINGS:
+        raise KitError(unknown("spacing", spacing, SPACINGS))
+    closed = final == "sigma_min"
+    most = schedule.discrete - closed if schedule.discrete else steps
+    if steps > most and spacing not in ("karras", "log_snr", "exponential"):
+        raise KitError(
+            f"steps must be at most {most} on a schedule of {schedule.discrete} times, not {steps}"
+        )
+    times = SPACINGS[spacing](schedule, steps, closed, options)
+    points = [_point(schedule, t) for t in times.tolist()]
+    return check(schedule, points if closed else [*points, clean(schedule)])
+
+
+def explicit(
+    schedule: Schedule,
+    timesteps: Sequence[float] | Tensor | None,
+    sigmas: Sequence[float] | Tensor | None,
+    final: str,
+) -> list[Point]:
+    """Points of a grid given as native times or as sigma / alpha ratios, noisiest first.
+
+    The clean end is appended unless ``final`` is ``"sigma_min"`` or the last entry has sigma = 0 already.
+
+    Raises:
+        KitError: both or neither given, an empty grid, times outside the schedule or not falling.
+    """
+    if (timesteps is None) == (sigmas is None):
+        raise KitError("give the grid either as timesteps or as sigmas, not both")
+    if timesteps is not None:
+        times = _numbers(timesteps)
+    else:
+        assert sigmas is not None
+        ratios = _numbers(sigmas)
+        if any(not ratio >= 0 for ratio in ratios):
+            raise KitError("sigmas (sigma / alpha ratios) must not be negative")
+        times = [schedule.t_of_ratio(ratio) for ratio in ratios]
+        if ratios and ratios[-1] == 0:
+            return check(schedule, [*(_point(schedule, t) for t in times[:-1]), clean(schedule)])
+    points = [_point(schedule, t) for t in times]
+    if points and final == "zero" and points[-1].sigma > 0:
+        points.append(clean(schedule))
+    return check(schedule, points)
+
+
+def check(schedule: Schedule, points: list[Point]) -> list[Point]:
+    """The points, when there is at least one interval, every time is in the schedule and noise only falls."""
+    if len(points) < 2:
+        raise KitError("a sampling grid needs at least one step: two times, or one and the clean end")
+    low, high = schedule.domain
+    for point in points:
+        if not low <= point.t <= high:
+            raise KitError(
+                f"time {point.t:g} lies outside schedule {schedule.name!r}, which spans [{low:g}, {high:g}]"
+            )
+    for before, after in pairwise(points):
+        if not after.lam > before.lam:
+            raise KitError(
+                f"a sampling grid must fall strictly in noise: t={before.t:g} is followed by t={after.t:g}"
+            )
+    return points
+
+
+def clean(schedule: Schedule) -> Point:
+    """The clean end: alpha = 1, sigma = 0, told as the time nearest to it."""
+    return Point(min(schedule.t_of_ratio(0.0), schedule.t_min), 1.0, 0.0)
+
+
+def _point(schedule: Schedule, t: float) -> Point:
+    return Point(t, *schedule.alpha_sigma(t))
+
+
+def _numbers(values: Iterable[float] | Tensor) -> list[float]:
+    return [float(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
+
+
+def _shifted(schedule: Schedule, uniform: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1] → native times of a continuous schedule, through its shift."""
+    times = np.array([schedule.shift_time(float(u)) for u in uniform])
+    return schedule.t_min + times * (schedule.t_max - schedule.t_min)
+
+
+def _in_ratio(
+    schedule: Schedule, steps: int, closed: bool, spread: Callable[[float, float, int], np.ndarray]
+) -> np.ndarray:
+    """Times whose sigma / alpha is spread by a rule over the schedule's range of it."""
+    low_limit, high_limit = schedule.ratio_range
+    noisiest, cleanest = _point(schedule, schedule.t_max).ratio, _point(schedule, schedule.t_min).ratio
+    low, high = cleanest if closed else max(cleanest, low_limit), min(noisiest, high_limit)
+    if low <= 0:
+        raise KitError(
+            f"spacings in sigma / alpha need sigma > 0 at t_min, which schedule {schedule.name!r} lacks"
+        )
+    count = steps + closed
+    if math.isfinite(high):
+        times = schedule.t_of_ratio(torch.from_numpy(spread(high, low, count))).numpy()
+        if noisiest <= high_limit:
+            times[0] = schedule.t_max  # exactly, whatever the inverse's last digit
+    else:  # zero terminal SNR: the first time holds no signal at all, the rest is spread
+        times = schedule.t_of_ratio(torch.from_numpy(spread(UNIT_RATIOS[1], low, count - 1))).numpy()
+        times = np.append(schedule.t_max, times)
+    if closed:
+        times[-1] = schedule.t_min
+    return times

@@ -1,0 +1,177 @@
+"""The T5 family: T5, T5 v1.1, mT5, umT5 and ByT5 encoders through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagen_kit.errors import KitError, unknown
+from imagen_kit.text_encoders import huggingface, register
+from imagen_kit.text_encoders.tokenizers import ByteTokenizer, Tokenizer
+from imagen_kit.text_encoders.transformer import TransformerEncoder
+
+_KEYS = ("d_model", "d_ff", "num_heads", "num_layers", "d_kv", "vocab_size", "feed_forward_proj")
+_V1_1 = {
+    "small": (512, 1024, 6, 8),
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 16, 24),
+    "xl": (2048, 5120, 32, 24),
+    "xxl": (4096, 10240, 64, 24),
+}
+_BYT5 = {
+    "small": (1472, 3584, 6, 12),
+    "base": (1536, 3968, 12, 18),
+    "large": (1536, 3840, 16, 36),
+    "xl": (2560, 6720, 32, 36),
+    "xxl": (4672, 12352, 64, 36),
+}
+_T5 = {"small": (512, 2048, 8, 6), "base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}
+
+
+def _family(
+    prefix: str, sizes: Mapping[str, tuple[int, ...]], vocab: int, act: str, kind: str
+) -> dict[str, Any]:
+    return {
+        prefix + name: {"model_type": kind, **dict(zip(_KEYS, (*numbers, 64, vocab, act), strict=True))}
+        for name, numbers in sizes.items()
+    }
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"model_type": "t5", **dict(zip(_KEYS, (64, 128, 4, 2, 16, 384, "gated-gelu"), strict=True))},
+    **_family("", _V1_1, 32128, "gated-gelu", "t5"),
+    **_family("t5-", _T5, 32128, "relu", "t5"),
+    **_family("mt5-", _V1_1, 250112, "gated-gelu", "mt5"),
+    **_family("umt5-", {k: v for k, v in _V1_1.items() if k != "large"}, 256384, "gated-gelu", "umt5"),
+    **_family("byt5-", _BYT5, 384, "gated-gelu", "t5"),
+}
+
+
+@register("t5", family="T5, T5 v1.1, mT5, umT5, ByT5", paper="Raffel et al. 2020, arXiv:1910.10683")
+class T5TextEncoder(TransformerEncoder):
+    """T5 encoder of any generation, as Imagen uses it: contextual embeddings of the last block, normalised.
+
+    Padding never changes an embedding: it is hidden from attention, and relative positions do not see it. T5
+    overflows in fp16, which is refused.
+
+    Args:
+        weights: a folder in the Hugging Face layout (``config.json`` of an encoder or an encoder-decoder and
+            ``model.safetensors``), ``package:...``, a hub id (``owner/name``, further segments name a folder
+            in it), or ``random``.
+        size: for random weights: ``tiny``, ``small`` ... ``xxl`` (v1.1), ``t5-base``, ``mt5-base``,
+            ``umt5-xxl``, ``byt5-small`` ..., or a dict of config fields (``model_type`` t5, mt5 or umt5).
+            Default ``small``.
+        tokenizer: ``auto`` (the folder's own; bytes where the vocabulary is ByT5's and the folder has none),
+            ``bytes``, or a folder or hub id. ``auto`` means bytes for random weights, folded into a smaller
+            vocabulary.
+        max_length: most tokens of a prompt, end token included (Imagen: 128); longer prompts are cut.
+        layer: ``last``, ``penultimate`` or a negative number; T5's final norm is applied to all of them.
+        padding: ``masked``; ``kept`` for DeepFloyd IF; ``attended`` for SD3 and FLUX.
+        pad_to_max: always ``max_length`` tokens (fixed shapes).
+        dtype: ``auto`` (fp32; bf16 from a billion parameters on), ``fp32`` or ``bf16``.
+        cache: number of prompts remembered.
+        seed: of random weights.
+
+    Raises:
+        KitError: weights that are absent, truncated, of another model or of another shape; fp16.
+    """
+
+    fp16_safe = False
+
+    def __init__(
+        self,
+        weights: str | Path = "random",
+        size: str | dict[str, Any] | None = None,
+        tokenizer: str = "auto",
+        max_length: int = 128,
+        layer: str | int = "last",
+        padding: str = "masked",
+        pad_to_max: bool = False,
+        dtype: str = "auto",
+        cache: int = 128,
+        seed: int = 0,
+    ):
+        network, words = _build(weights, size, tokenizer, seed)
+        settings: Any = network.config
+        super().__init__(
+            "t5",
+            network,
+            words,
+            depth=settings.num_layers,
+            layer=layer,
+            padding=padding,
+            dtype=dtype,
+            dim=settings.d_model,
+            pooled_dim=None,
+            max_length=max_length,
+            pad_to_max=pad_to_max,
+            cache=cache,
+        )
+        self.depth = settings.num_layers
+
+    def _run(self, ids: Tensor, mask: Tensor, ends: Tensor) -> tuple[Tensor, None]:
+        if self.block == self.depth:
+            return self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state, None
+        hidden = self._blocks(ids, mask)[self.block]
+        network: Any = self.network
+        return network.encoder.final_layer_norm(hidden), None
+
+    def _blocks(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
+        out = self.network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        return out.hidden_states
+
+
+def _build(
+    weights: str | Path, size: str | dict[str, Any] | None, tokenizer: str, seed: int
+) -> tuple[nn.Module, Tokenizer]:
+    import transformers as hf
+
+    kinds = {
+        "t5": (hf.T5Config, hf.T5EncoderModel),
+        "mt5": (hf.MT5Config, hf.MT5EncoderModel),
+        "umt5": (hf.UMT5Config, hf.UMT5EncoderModel),
+    }
+    if str(weights) == "random":
+        fields = SIZES.get(size or "small") if not isinstance(size, dict) else size
+        if fields is None:
+            raise KitError(unknown("t5 size", size, SIZES))
+        kind = fields.get("model_type", "t5")
+        if kind not in kinds:
+            raise KitError(unknown("t5 model_type", kind, kinds))
+        settings = huggingface.random_config(kinds[kind][0], fields, "t5")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = kinds[kind][1](settings)
+        if tokenizer not in ("auto", "bytes"):
+            return network, huggingface.tokenizer(tokenizer)
+        return network, ByteTokenizer(settings.vocab_size)
+    if size is not None:
+        raise KitError(f"t5 size {size!r} goes with weights 'random'; {str(weights)!r} has its own")
+    source = huggingface.locate(weights)
+    settings = huggingface.config(source)
+    if settings.model_type not in kinds:
+        raise KitError(
+            f"weights {str(weights)!r} hold a {settings.model_type!r} network; text encoder 't5' reads "
+            f"{', '.join(kinds)}"
+        )
+    words = _tokenizer(tokenizer, source, settings.vocab_size)
+    network = huggingface.model(kinds[settings.model_type][1], source, settings, r"decoder\.|lm_head\.")
+    return network, words
+
+
+def _tokenizer(spec: str, source: huggingface.Source, vocab_size: int) -> Tokenizer:
+    if spec == "bytes":
+        return ByteTokenizer(vocab_size)
+    found = huggingface.own_tokenizer(source) if spec == "auto" else huggingface.tokenizer(spec)
+    if found is not None:
+        return found
+    if 259 <= vocab_size <= 384:  # ByT5's table: 256 bytes, 3 special tokens, up to 125 sentinels
+        return ByteTokenizer(vocab_size)
+    raise KitError(
+        f"weights {str(source)!r} come without a tokenizer ({', '.join(huggingface.TOKENIZER_FILES[:2])}); "
+        "name one with the option 'tokenizer' (a folder, a hub id, or 'bytes')"
+    )

@@ -1,0 +1,284 @@
+"""What every denoiser promises, whatever its architecture. A new denoiser needs a row in ``CASES``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imagen_kit import denoisers
+from imagen_kit.conditioning import Cond
+from imagen_kit.errors import KitError
+
+LEVELS = [{"channels": 32, "blocks": 1}, {"channels": 64, "blocks": 1, "attention": True}]
+UNET = {"levels": LEVELS, "head_dim": 16}
+DIT = {"width": 64, "depth": 2, "heads": 4}
+TEXT = {"context_dim": 12, "pooled_dim": 10, "text_depth": 1}
+CLASSES = 5
+
+CASES = {
+    "unet-plain": ("unet", UNET),
+    "unet-labels": ("unet", {**UNET, "num_classes": CLASSES, "out_channels": 6}),
+    "unet-text": ("unet", {**UNET, **TEXT}),
+    "unet-sr": ("unet", {**UNET, **TEXT, "low_res_channels": 3, "patch_size": 2}),
+    "dit-plain": ("dit", DIT),
+    "dit-labels": ("dit", {**DIT, "num_classes": CLASSES, "learn_sigma": True}),
+    "dit-text": ("dit", {**DIT, **TEXT}),
+    "dit-sr": ("dit", {**DIT, **TEXT, "low_res_channels": 3, "patch_size": 4}),
+}
+# Named sizes of a class above; tests/denoisers/test_dit.py counts their parameters.
+SIZES = {f"dit_{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)}
+
+every = pytest.mark.parametrize("case", CASES)
+with_text = pytest.mark.parametrize("case", [c for c in CASES if c.endswith(("text", "sr"))])
+
+
+def build(case, seed=0, dtype=torch.float32, **options):
+    """The network with every weight random: what starts at zero would hide faults."""
+    name, config = CASES[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = denoisers.create(name, **{**config, **options})
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            noise = torch.randn(p.shape, generator=g)
+            p.copy_(noise * p[0].numel() ** -0.5 if p.ndim > 1 else p + 0.1 * noise)
+    return network.eval().to(dtype)
+
+
+def inputs(case, b=2, h=8, w=16, n=6, seed=0, dtype=torch.float32):
+    """x, t and everything the case can be told; the second prompt is two tokens shorter than the first."""
+    _, config = CASES[case]
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    parts = {}
+    if "context_dim" in config:
+        mask = torch.arange(n)[None] < torch.tensor([n, n - 2] * b)[:b, None]
+        parts = {"tokens": rand(b, n, 12) * mask[..., None], "mask": mask, "pooled": rand(b, 10)}
+    if "num_classes" in config:
+        parts["labels"] = torch.randint(0, CLASSES + 1, (b,), generator=g)
+    if "low_res_channels" in config:
+        parts |= {"low_res": rand(b, 3, h, w), "low_res_level": torch.rand(b, generator=g).to(dtype)}
+    return rand(b, 3, h, w), torch.rand(b, generator=g) * 1000, Cond(**parts)
+
+
+def changed(cond, **parts):
+    """``cond`` with some parts replaced."""
+    return Cond(**{**vars(cond), **parts})
+
+
+def difference(a, b):
+    """Largest difference relative to the spread of the answers."""
+    return ((a - b).abs().max() / b.std()).item()
+
+
+def test_every_denoiser_has_a_case():
+    assert set(denoisers.names()) == {name for name, _ in CASES.values()} | SIZES
+
+
+@every
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (8, 16), (24, 8)])
+def test_shape(case, h, w):
+    network = build(case)
+    x, t, cond = inputs(case, h=h, w=w)
+    with torch.no_grad():
+        out = network(x, t, cond)
+    assert out.shape == (2, network.out_channels, h, w)
+    assert network.out_channels == (6 if case.endswith("labels") else 3)
+    assert out.isfinite().all()
+
+
+@every
+def test_fresh_networks_answer_zero(case):
+    name, config = CASES[case]
+    x, t, cond = inputs(case)
+    assert not denoisers.create(name, **config)(x, t, cond).any()
+
+
+@every
+def test_gradient_reaches_every_parameter(case):
+    network = build(case).train()
+    x, t, cond = inputs(case)
+    out = network(x, t, cond)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    # 1e-5: rounding alone leaves gradients below 1e-6 of those that carry something
+    silent = [k for k, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-5]
+    assert silent == []
+
+
+@with_text
+def test_padding_never_leaks(case):
+    network = build(case)
+    x, t, cond = inputs(case)
+    longer = torch.nn.functional.pad(cond.mask, (0, 7))
+    tokens = torch.nn.functional.pad(cond.tokens, (0, 0, 0, 7))
+    garbage = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)) * 30
+    tokens = torch.where(longer[..., None], tokens, garbage)
+    with torch.no_grad():
+        want = network(x, t, cond)
+        got = network(x, t, changed(cond, tokens=tokens, mask=longer))
+        assert difference(got, want) < 1e-5  # another number of keys changes the order of sums
+        # the mask is what keeps them out
+        assert (
+            difference(network(x, t, changed(cond, tokens=tokens, mask=torch.ones_like(longer))), want) > 1e-2
+        )
+
+
+@with_text
+def test_text_is_read_and_dropped_text_is_not(case):
+    network = build(case)
+    x, t, cond = inputs(case)
+    other = torch.randn(cond.tokens.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        conditional = network(x, t, cond)
+        for part in ({"tokens": other * cond.mask[..., None]}, {"pooled": -cond.pooled}):
+            assert difference(network(x, t, changed(cond, **part)), conditional) > 1e-2
+        dropped = {"mask": torch.zeros_like(cond.mask), "pooled": torch.zeros_like(cond.pooled)}
+        unconditional = network(x, t, changed(cond, **dropped))
+        assert unconditional.isfinite().all()
+        assert difference(unconditional, conditional) > 1e-2
+        torch.testing.assert_close(network(x, t, changed(cond, tokens=other, **dropped)), unconditional)
+
+
+@with_text
+def test_dropped_text_has_finite_gradients(case):
+    network = build(case).train()
+    x, t, cond = inputs(case)
+    network(x, t, changed(cond, mask=torch.zeros_like(cond.mask))).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@every
+def test_every_other_input_is_read(case):
+    network = build(case)
+    x, t, cond = inputs(case)
+    others = {"labels": (cond.labels, lambda v: (v + 1) % CLASSES), "low_res": (cond.low_res, torch.neg)}
+    others["low_res_level"] = (cond.low_res_level, lambda v: 1 - v)
+    with torch.no_grad():
+        want = network(x, t, cond)
+        assert difference(network(-x, t, cond), want) > 1e-2
+        assert difference(network(x, 1000 - t, cond), want) > 1e-2
+        for name, (value, change) in others.items():
+            if value is not None:
+                assert difference(network(x, t, changed(cond, **{name: change(value)})), want) > 1e-2, name
+
+
+@every
+def test_a_picture_does_not_depend_on_its_batch(case):
+    network = build(case)
+    x, t, cond = inputs(case, b=4)
+    with torch.no_grad():
+        together = network(x, t, cond)
+        alone = torch.cat([network(x[i : i + 1], t[i : i + 1], cond[i : i + 1]) for i in range(4)])
+    assert difference(alone, together) < 1e-5  # matrix kernels sum in another order for another batch
+
+
+@every
+def test_time_scale(case):
+    x, t, cond = inputs(case)
+    with torch.no_grad():
+        want = build(case)(x, t, cond)
+        got = build(case, time_scale=1000.0)(x, t / 1000, cond)
+    assert difference(got, want) < 1e-3  # t/1000·1000 is off by 1e-7 of 1000 rad in the highest frequency
+
+
+@every
+def test_checkpointing_recomputes_and_changes_nothing(case):
+    x, t, cond = inputs(case)
+    results, calls = [], []
+    for checkpointing in (False, True):
+        network = build(case, runtime={"checkpointing": checkpointing}).train()
+        count = []
+        for module in network.modules():
+            if type(module).__name__ in ("Unit", "DiTBlock"):
+                module.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        out = network(x, t, cond)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in network.parameters())])
+        calls.append(len(count))
+    assert calls[1] == 2 * calls[0] > 0
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)  # the same operations on the same numbers
+
+
+@every
+def test_channels_last_changes_nothing(case):
+    network = build(case, runtime={"channels_last": True})
+    four_dimensional = [p for p in network.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+    assert four_dimensional
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in four_dimensional)
+    x, t, cond = inputs(case)
+    with torch.no_grad():
+        assert (
+            difference(network(x, t, cond), build(case)(x, t, cond)) < 1e-5
+        )  # other kernels, other order of sums
+
+
+@every
+def test_bfloat16_is_close_to_float32(case):
+    x, t, cond = inputs(case)
+    with torch.no_grad():
+        want = build(case)(x, t, cond)
+        got = build(case, dtype=torch.bfloat16)(x.bfloat16(), t, cond.to(dtype=torch.bfloat16))
+    assert got.dtype == torch.bfloat16
+    # bf16 rounds to 2^-9; some tens of layers with random weights add up to a few per cent
+    assert ((got.float() - want).norm() / want.norm()).item() < 0.06
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c.endswith("sr") else pytest.mark.slow) for c in CASES]
+)
+def test_compiles_as_one_graph_and_once(case):
+    network = build(case)
+    compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for seed in (0, 1):
+            x, t, cond = inputs(case, seed=seed)
+            with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
+                assert difference(compiled(x, t, cond), network(x, t, cond)) < 1e-5
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unet-text", "dit-text"])
+def test_compiled_kernels_agree(case):
+    network = build(case).train()
+    x, t, cond = inputs(case)
+    network(x, t, cond).square().mean().backward()
+    want = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    torch.compile(network, fullgraph=True, dynamic=False)(x, t, cond).square().mean().backward()
+    for (name, p), expected in zip(network.named_parameters(), want, strict=True):
+        # fused kernels round elsewhere than single ones
+        assert (p.grad - expected).norm() < 1e-4 * expected.norm() + 1e-7, name
+    torch.compiler.reset()
+
+
+@every
+def test_missing_conditioning_is_named(case):
+    network = build(case)
+    x, t, cond = inputs(case)
+    needed = [k for k in ("tokens", "labels", "low_res", "low_res_level") if getattr(cond, k) is not None]
+    for part in needed:
+        with pytest.raises(KitError, match=part.split("_level")[0]) as error:
+            network(x, t, changed(cond, **{part: None}))
+        assert "\n" not in str(error.value)
+    if needed:
+        with pytest.raises(KitError):
+            network(x, t)
+
+
+@every
+def test_sides_that_do_not_divide(case):
+    x, t, cond = inputs(case, h=9, w=8)
+    with pytest.raises(KitError, match=r"9×8: sides must be multiples of [248]$"):
+        build(case)(x, t, cond)
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_unknown_runtime_option(name):
+    with pytest.raises(KitError, match="checkpointing"):
+        denoisers.create(name, runtime={"checkpoint": True})

@@ -1,0 +1,131 @@
+"""Spacings against the published grids, and what a grid must obey."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sampler_oracles import group, run_schedule
+
+from imagen_kit import samplers, schedules
+from imagen_kit.errors import KitError
+from imagen_kit.samplers.grid import SPACINGS, explicit, grid
+
+SD = schedules.create("scaled_linear")
+
+
+def times(spacing: str, steps: int, final: str = "zero", **options: Any) -> list[float]:
+    sampler = samplers.create("ddim", spacing=spacing, final=final, **options)
+    return [point.t for point in sampler.points(SD, steps)]
+
+
+def test_integer_grids() -> None:
+    """The three published rules at 5 steps of 1000, written out."""
+    assert times("leading", 5)[:-1] == [800, 600, 400, 200, 0]
+    assert times("leading", 5, offset=1)[:-1] == [801, 601, 401, 201, 1]
+    assert times("trailing", 5)[:-1] == [999, 799, 599, 399, 199]
+    assert times("linspace", 5)[:-1] == [999, 749, 500, 250, 0]
+    assert times("trailing", 3)[:-1] == [999, 666, 332]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_recorded_integer_grids(spacing: str) -> None:
+    runs, tensors = group("ddpm")
+    chosen = [run for run in runs if run["config"]["timestep_spacing"] == spacing]
+    assert chosen
+    for run in chosen:
+        sampler = samplers.create("ddpm", spacing=spacing, offset=run["config"].get("steps_offset", 0))
+        ours = [point.t for point in sampler.points(run_schedule(run), run["steps"])][:-1]
+        offset_at_trailing = 0 if spacing == "leading" else sampler.offset
+        assert ours == tensors[f"{run['key']}.timesteps"].tolist(), (run["id"], offset_at_trailing)
+
+
+@pytest.mark.parity
+def test_recorded_karras_grid() -> None:
+    """DPM-Solver's Karras grid spans the schedule, as ours does."""
+    runs, tensors = group("dpmsolver_multistep")
+    chosen = [
+        run
+        for run in runs
+        if run["config"].get("use_karras_sigmas") and run["config"]["final_sigmas_type"] == "zero"
+    ]
+    assert chosen
+    for run in chosen:
+        sampler = samplers.create("dpmpp_2m", spacing="karras")
+        ours = [point.ratio for point in sampler.points(run_schedule(run), run["steps"])][:-1]
+        theirs = tensors[f"{run['key']}.eval_sigma"] / tensors[f"{run['key']}.eval_alpha"]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+def test_log_snr_and_karras_are_even_in_what_they_say() -> None:
+    points = grid(SD, 9, "log_snr", "sigma_min")
+    np.testing.assert_allclose(np.diff([p.lam for p in points]), (points[-1].lam - points[0].lam) / 9, rtol=1e-9)
+    roots = [p.ratio ** (1 / 7) for p in grid(SD, 9, "karras", "sigma_min")]
+    np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 9, rtol=1e-9)
+
+
+def test_flow_shift_moves_the_grid() -> None:
+    plain = [p.t for p in grid(schedules.create("flow", t_min=0.0, t_max=1.0), 4, "trailing", "zero")]
+    moved = [p.t for p in grid(schedules.create("flow", shift=3.0, t_min=0.0, t_max=1.0), 4, "trailing", "zero")]
+    assert plain == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert moved == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "edm", "flow", "sigmoid"])
+def test_every_grid_falls(schedule: str, spacing: str, final: str) -> None:
+    made = schedules.create(schedule)
+    for steps in (1, 2, 3, 7, 20, 50, 333):
+        points = grid(made, steps, spacing, final)
+        assert len(points) == steps + 1
+        assert all(after.lam > before.lam for before, after in pairwise(points))
+        if final == "zero":
+            assert (points[-1].alpha, points[-1].sigma) == (1.0, 0.0)
+        else:
+            assert points[-1].t == made.t_min
+        assert made.t_min <= points[0].t <= made.t_max
+        if steps == 1:
+            assert points[0].ratio >= min(made.ratio_range[1], 10.0) - 1e-6  # never at the clean end
+
+
+def test_a_grid_of_all_times() -> None:
+    assert times("trailing", 1000)[:-1] == times("leading", 1000)[:-1] == list(range(999, -1, -1))
+    with pytest.raises(KitError, match="steps must be at most 1000 .* not 1001"):
+        times("leading", 1001)
+
+
+def test_explicit_grids_end_where_they_should() -> None:
+    flow = schedules.create("flow")
+    to_clean = explicit(flow, [0.9, 0.5], None, "zero")
+    assert [(p.alpha, p.sigma) for p in to_clean][-1] == (1.0, 0.0)
+    assert len(to_clean) == 3
+    assert [p.t for p in explicit(flow, [0.9, 0.5], None, "sigma_min")] == [0.9, 0.5]
+    # a grid that ends at sigma = 0 itself is not extended
+    assert [p.t for p in explicit(flow, [0.9, 0.5, 0.0], None, "zero")] == [0.9, 0.5, 0.0]
+    assert [p.sigma for p in explicit(flow, None, [1.0, 0.0], "zero")] == [0.5, 0.0]
+    assert [p.t for p in explicit(flow, None, torch.tensor([9.0, 1.0]), "sigma_min")] == pytest.approx([0.9, 0.5])
+    assert explicit(flow, None, [math.inf, 1.0], "zero")[0].t == 1.0
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sigmas", "rule"),
+    [
+        (None, None, "either as timesteps or as sigmas"),
+        ([0.5], [0.5], "either as timesteps or as sigmas"),
+        ([], None, "at least one step"),
+        ([0.5, 0.5], None, "fall strictly"),
+        ([0.2, 0.5], None, "fall strictly"),
+        ([1.5, 0.5], None, r"time 1.5 lies outside schedule 'flow', which spans \[0, 1\]"),
+        ([math.nan], None, "outside"),
+        (None, [-1.0], "must not be negative"),
+    ],
+)
+def test_grids_that_cannot_be(timesteps: Any, sigmas: Any, rule: str) -> None:
+    with pytest.raises(KitError, match=rule):
+        explicit(schedules.create("flow"), timesteps, sigmas, "zero")
