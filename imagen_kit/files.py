@@ -19,7 +19,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     is on the disk before the rename, so a crash leaves the old file or the new one.
 
     Raises:
-        KitError: the folder does not exist or cannot be written.
+        KitError: the folder does not exist or cannot be written, or the disk is full.
     """
     path = Path(path)
     try:
@@ -33,10 +33,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; these are ordinary outputs
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        try:
-            os.replace(temporary, path)
-        except OSError as error:
-            raise KitError(f"cannot write {path}: {error.strerror}") from error
+        os.replace(temporary, path)
+    except OSError as error:
+        raise KitError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

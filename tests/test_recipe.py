@@ -57,10 +57,9 @@ def faults(path, *overrides):
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_every_shipped_recipe_is_sound(name):
-    data = source.read(source.find(name))
-    assert data.get("description"), "imagen-kit list shows it"
-    if "stages" in data:  # the others only train an encoder
-        assert recipe.load(name).stages
+    checked = recipe.load(name)
+    assert checked.spec.description, "imagen-kit list shows it"
+    assert checked.stages or checked.train.task == "text"
 
 
 def test_file_anywhere_is_loaded_like_a_shipped_one(write):
@@ -191,7 +190,7 @@ def test_all_faults_at_once_each_with_its_path(write):
     ("override", "path", "rule"),
     [
         ("stages.0.weigths=a", "stages.0.weigths", "did you mean 'weights'"),
-        ("stages=[]", "stages", "at least 1 item"),
+        ("stages=[]", "stages", "at least one stage"),
         ("stages.0.name=a.b", "stages.0.name", "letters, digits"),
         ("stages.0.size=true", "stages.0.size", "whole number"),
         ("stages.0.size='8'", "stages.0.size", "whole number"),
@@ -210,6 +209,7 @@ def test_all_faults_at_once_each_with_its_path(write):
         ("stages.0.denoiser={name: dit_s_2, text_dpth: 2}", "stages.0.denoiser.text_dpth", "'text_depth'"),
         ("train.stpes=3", "train.stpes", "did you mean 'steps'"),
         ("train.steps=0", "train.steps", "at least 1"),
+        ("train.times.mean=noisy", "train.times.mean", "must be a number"),
         ("train.optimizer.learning_rat=1", "train.optimizer.learning_rat", "did you mean 'learning_rate'"),
         ("train.stage=bsae", "train.stage", "did you mean 'base'"),
         ("unconditional=zero", "unconditional", "did you mean 'zeros'"),

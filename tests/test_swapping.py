@@ -86,8 +86,8 @@ def test_swapped_parts_train_a_step_and_draw(tmp_path, combination):
     assert not torch.equal(pictures[0], pictures[1])
 
 
-def test_prompts_matter_after_training_through_every_encoder(tmp_path):
-    """The text really arrives: two prompts give two pictures, whichever encoder and denoiser stand between."""
+def test_text_arrives_through_every_encoder_and_denoiser(tmp_path):
+    """Two prompts give two pictures, whichever encoder and denoiser stand between."""
     for encoder, denoiser in itertools.product(CHOICES["text_encoder"], CHOICES["denoiser"]):
         words = {"text_encoder": encoder, "denoiser": denoiser, "schedule": "flow", "sampler": "ddim"}
         pipeline = recipe.load(write(tmp_path / "swap.yaml", words)).build()

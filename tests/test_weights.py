@@ -127,6 +127,16 @@ def test_failed_writing_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_full_disk_is_one_plain_line_and_leaves_nothing(tmp_path):
+    def fill():
+        with replacing(tmp_path / "a.txt"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(KitError, match=r"cannot write .*a\.txt: No space left on device"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_written_file_has_ordinary_permissions(tmp_path):
     (tmp_path / "plain").write_text("x")
     weights.save_safetensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})

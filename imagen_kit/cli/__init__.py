@@ -5,7 +5,9 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after the command's name; those of the process by default.
     """
+    _quiet()
     try:
         code = app(
             args=None if arguments is None else list(arguments), prog_name="imagen-kit", standalone_mode=False
@@ -72,6 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             return _refuse(error.format_message())
         raise
+
+
+def _quiet() -> None:
+    """Keep warnings of libraries off stderr, where our one line goes; ``python -W default`` shows them."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils._pytree").setLevel(
+            logging.ERROR
+        )  # torchao's, when transformers finds it
 
 
 def _refuse(message: str) -> int:

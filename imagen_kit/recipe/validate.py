@@ -16,7 +16,12 @@ def faults(data: dict[str, Any]) -> list[Fault]:
 
     Whether parts fit each other is asked only of parts that are right by themselves.
     """
-    found = [*structure_faults(RecipeSpec, data), *part_faults(data), *train_faults(data)]
+    found = [
+        *structure_faults(RecipeSpec, data),
+        *stage_faults(data),
+        *part_faults(data),
+        *train_faults(data),
+    ]
     if not found:
         spec = RecipeSpec.model_validate(data)
         found = [
@@ -24,6 +29,13 @@ def faults(data: dict[str, Any]) -> list[Fault]:
             *(f for i, stage in enumerate(spec.stages) for f in fit_faults(stage, i)),
         ]
     return list(dict.fromkeys(found))
+
+
+def stage_faults(data: dict[str, Any]) -> Iterator[Fault]:
+    """Whether there are stages; only the pretraining of a text encoder needs none."""
+    train = data.get("train")
+    if not data.get("stages") and not (isinstance(train, dict) and train.get("task") == "text"):
+        yield Fault("stages", "must have at least one stage (only a recipe with train.task: text has none)")
 
 
 def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
@@ -46,11 +58,7 @@ def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
 
 
 def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
-    """Whether there are stages, and whether they follow each other."""
-    if not spec.stages:
-        if (spec.train or {}).get("task") != "text":
-            yield Fault("stages", "give at least one stage (only a recipe with train.task: text has none)")
-        return
+    """Whether the stages follow each other."""
     for index, stage in enumerate(spec.stages):
         before = spec.stages[:index]
         if stage.name in [other.name for other in before]:
@@ -60,7 +68,7 @@ def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
         if before and stage.size < before[-1].size:
             rule = f"must be at least {before[-1].size}, the size of the stage before, not {stage.size}"
             yield Fault(f"stages.{index}.size", rule)
-    if spec.stages[0].low_res_level:
+    if spec.stages and spec.stages[0].low_res_level:
         yield Fault("stages.0.low_res_level", "the first stage has no picture before it; leave it out")
 
 

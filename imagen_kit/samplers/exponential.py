@@ -6,7 +6,7 @@ Proposition 4.1)
     x' = sigma'/sigma x + alpha' ∫ e^(lambda - lambda') x0(lambda) dlambda.
 
 With x0 expanded in derivatives D_k = h^(k-1) x0^(k-1) the integral is Σ psi_k(h) D_k, psi_k(h) = h phi_k(-h).
-Noise prediction has x' = alpha'/alpha x + sigma' Σ psi_k(-h) D_k (Lu et al. 2022a, Proposition 3.1 and eq. 3.6).
+Noise prediction has x' = alpha'/alpha x + sigma' Σ psi_k(-h) D_k (Lu et al. 2022a, Proposition 3.1).
 """
 
 from __future__ import annotations

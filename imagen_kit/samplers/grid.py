@@ -186,15 +186,9 @@ def explicit(
 
 
 def check(schedule: Schedule, points: list[Point]) -> list[Point]:
-    """The points, when there is at least one interval, every time is in the schedule and noise only falls."""
+    """The points, when there is at least one interval and noise only falls; KitError otherwise."""
     if len(points) < 2:
         raise KitError("a sampling grid needs at least one step: two times, or one and the clean end")
-    low, high = schedule.domain
-    for point in points:
-        if not low <= point.t <= high:
-            raise KitError(
-                f"time {point.t:g} lies outside schedule {schedule.name!r}, which spans [{low:g}, {high:g}]"
-            )
     for before, after in pairwise(points):
         if not after.lam > before.lam:
             raise KitError(
@@ -209,6 +203,9 @@ def clean(schedule: Schedule) -> Point:
 
 
 def _point(schedule: Schedule, t: float) -> Point:
+    low, high = schedule.domain
+    if not low <= t <= high:
+        raise KitError(f"time {t:g} lies outside schedule {schedule.name!r}, which spans [{low:g}, {high:g}]")
     return Point(t, *schedule.alpha_sigma(t))
 
 

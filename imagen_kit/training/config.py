@@ -12,12 +12,15 @@ class Strict(BaseModel):
 
 
 class OptimizerConfig(Strict):
-    """AdamW with warm-up, then the learning rate falls to zero along ``decay``.
+    """AdamW or Muon with warm-up, then the learning rate falls to zero along ``decay``.
 
+    ``muon`` orthogonalises the momentum of the matrices inside the network (Jordan et al. 2024), scaled to the step
+    size of AdamW (Liu et al. 2025), and leaves embeddings, kernels, gains and biases to AdamW.
     ``cooldown`` holds the rate and lets it fall linearly over the last share ``cooldown`` of the steps, so that a
     run can be made longer while it is on its plateau.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)

@@ -60,13 +60,31 @@ def step_generator(seed: int, step: int, process: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels, leave gains and biases alone."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+def optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a network: AdamW (decaying matrices and kernels only), and Muon before it if asked for."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    inner: set[str] = set()
+    built: list[torch.optim.Optimizer] = []
+    if config.name == "muon":
+        inner = {
+            f"{name}.weight"
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and not name.endswith("lm_head")
+        }
+        built.append(
+            torch.optim.Muon(
+                [p for n, p in named if n in inner],
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    rest = [p for n, p in named if n not in inner]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return [*built, torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)]
 
 
 def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, float]:
@@ -90,12 +108,6 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not cuda)
     device, main = accelerator.device, accelerator.is_main_process
-    optimizer = torch.optim.AdamW(
-        parameter_groups(task.module, config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        fused=True,
-    )
     start, examples = 0, config.batch_size * accelerator.num_processes
     saved = checkpoint.load(out) if resume else None
     if saved is not None:
@@ -105,9 +117,12 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
     ema = checkpoint.Ema(task.module, config.ema)
     if saved is not None:
         ema.shadow = {k: v.to(device) for k, v in saved["ema"].items()}
-        optimizer.load_state_dict(saved["optimizer"])
+    optimizing = optimizers(task.module, config.optimizer)
+    if saved is not None:
+        for optimizer, kept in zip(optimizing, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
     del saved
-    module, optimizer = accelerator.prepare(task.module, optimizer)
+    module, *optimizing = accelerator.prepare(task.module, *optimizing)
     plain = accelerator.unwrap_model(module)
     stepped = torch.compile(module) if config.compile else module
     if config.attention == "auto":
@@ -134,15 +149,17 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
         began, step = time.perf_counter(), start
         try:
             for step in range(start, config.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.optimizer, step, config.steps)
+                for optimizer in optimizing:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(config.optimizer, step, config.steps)
                 generator = step_generator(config.seed, step, accelerator.process_index)
                 with accelerator.autocast():
                     losses = task.loss(stepped, generator, device)
                 accelerator.backward(losses["loss"])
                 accelerator.clip_grad_norm_(module.parameters(), config.optimizer.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizing:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 ema.update(plain, step)
                 for key, value in losses.items():
                     totals[key] = totals.get(key, 0) + value.detach()

@@ -124,11 +124,10 @@ class TextTask:
         """Greedy decoding of a task ("to_en", "to_zh", "read") for each text."""
         device = next(module.parameters()).device
         ids = pad([byte_ids(text) for text in texts], PAD).to(device)
-        start = torch.full((len(texts), 1), TASKS[task], device=device)
         out = module.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=ids != PAD,
-            decoder_input_ids=start,
+            decoder_start_token_id=TASKS[task],
             max_new_tokens=120,
             do_sample=False,
         )

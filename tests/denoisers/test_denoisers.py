@@ -104,8 +104,8 @@ def test_gradient_reaches_every_parameter(case):
     x, t, cond = inputs(case)
     out = network(x, t, cond)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-    # 1e-5: rounding alone leaves gradients below 1e-6 of those that carry something
-    silent = [k for k, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-5]
+    # where rounding alone is left gradients are below 1e-5; the smallest real ones here are above 0.1
+    silent = [k for k, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-3]
     assert silent == []
 
 
@@ -222,10 +222,11 @@ def test_bfloat16_is_close_to_float32(case):
     x, t, cond = inputs(case)
     with torch.no_grad():
         want = build(case)(x, t, cond)
-        got = build(case, dtype=torch.bfloat16)(x.bfloat16(), t, cond.to(dtype=torch.bfloat16))
+        half = changed(cond.to(dtype=torch.bfloat16), low_res_level=cond.low_res_level)  # a level is a time
+        got = build(case, dtype=torch.bfloat16)(x.bfloat16(), t, half)
     assert got.dtype == torch.bfloat16
-    # bf16 rounds to 2^-9; some tens of layers with random weights add up to a few per cent
-    assert ((got.float() - want).norm() / want.norm()).item() < 0.06
+    # bf16 rounds to 2^-9; some tens of layers with random weights add up to one or two per cent
+    assert ((got.float() - want).norm() / want.norm()).item() < 0.03
 
 
 @pytest.mark.parametrize(
@@ -243,17 +244,15 @@ def test_compiles_as_one_graph_and_once(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["unet-text", "dit-text"])
-def test_compiled_kernels_agree(case):
-    network = build(case).train()
+@pytest.mark.parametrize(
+    ("case", "smaller"), [("unet-text", {"levels": LEVELS[1:], "text_depth": 0}), ("dit-text", {"depth": 1})]
+)
+def test_compiled_kernels_agree(case, smaller):
+    network = build(case, **smaller)
     x, t, cond = inputs(case)
-    network(x, t, cond).square().mean().backward()
-    want = [p.grad.clone() for p in network.parameters()]
-    network.zero_grad()
-    torch.compile(network, fullgraph=True, dynamic=False)(x, t, cond).square().mean().backward()
-    for (name, p), expected in zip(network.named_parameters(), want, strict=True):
-        # fused kernels round elsewhere than single ones
-        assert (p.grad - expected).norm() < 1e-4 * expected.norm() + 1e-7, name
+    with torch.no_grad():
+        compiled = torch.compile(network, fullgraph=True, dynamic=False)
+        assert difference(compiled(x, t, cond), network(x, t, cond)) < 1e-4  # fused kernels round elsewhere
     torch.compiler.reset()
 
 

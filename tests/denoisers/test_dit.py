@@ -72,7 +72,7 @@ def test_official_forward(official, network):
 @pytest.mark.parity
 @torch.no_grad()
 def test_official_guided_forward(official, network):
-    """The fixture guides three channels; the second half of its batch has the null class and the first half's x."""
+    """Guidance of three channels; the second half of the batch repeats the first with the null class."""
     tensors, scale = official[1], json.loads(official[2]["args"])["cfg_scale"]
     x, t, y = (tensors[f"inputs.cfg_{k}"] for k in "xty")
     half = len(x) // 2

@@ -81,7 +81,7 @@ def run_grid(run: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str,
     key = run["key"]
     end_alpha, end_sigma = run["final_alpha_sigma"] or (1.0, 0.0)
     if run["config"].get("interpolation_type") == "log_linear":
-        # This table has one sigma more than there are calls, so the last call ends at the smallest of the schedule.
+        # This table has one sigma more than there are calls: the last call ends at the schedule's smallest.
         end_alpha, end_sigma = run_schedule(run).alpha_sigma(0.0)
     if run["kind"] == "vp_discrete":
         grid = tensors[f"{key}.timesteps"].tolist()

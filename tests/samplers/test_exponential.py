@@ -13,7 +13,7 @@ from imagen_kit.samplers.tableau import Form
 
 
 def integral(k: int, h: float) -> float:
-    """∫_0^h e^(u - h) (u/h)^(k-1) / (k-1)! du by Gauss-Legendre quadrature: psi_k in the variation of constants."""
+    """∫_0^h e^(u - h) (u/h)^(k-1) / (k-1)! du, which psi_k stands for, by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(60)
     u = (nodes + 1) / 2
     return float((weights / 2 * h * np.exp(h * (u - 1)) * u ** (k - 1)).sum() / math.factorial(k - 1))

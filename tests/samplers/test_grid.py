@@ -41,8 +41,7 @@ def test_recorded_integer_grids(spacing: str) -> None:
     for run in chosen:
         sampler = samplers.create("ddpm", spacing=spacing, offset=run["config"].get("steps_offset", 0))
         ours = [point.t for point in sampler.points(run_schedule(run), run["steps"])][:-1]
-        offset_at_trailing = 0 if spacing == "leading" else sampler.offset
-        assert ours == tensors[f"{run['key']}.timesteps"].tolist(), (run["id"], offset_at_trailing)
+        assert ours == tensors[f"{run['key']}.timesteps"].tolist(), run["id"]
 
 
 @pytest.mark.parity
@@ -64,14 +63,18 @@ def test_recorded_karras_grid() -> None:
 
 def test_log_snr_and_karras_are_even_in_what_they_say() -> None:
     points = grid(SD, 9, "log_snr", "sigma_min")
-    np.testing.assert_allclose(np.diff([p.lam for p in points]), (points[-1].lam - points[0].lam) / 9, rtol=1e-9)
+    np.testing.assert_allclose(
+        np.diff([p.lam for p in points]), (points[-1].lam - points[0].lam) / 9, rtol=1e-9
+    )
     roots = [p.ratio ** (1 / 7) for p in grid(SD, 9, "karras", "sigma_min")]
     np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 9, rtol=1e-9)
 
 
 def test_flow_shift_moves_the_grid() -> None:
     plain = [p.t for p in grid(schedules.create("flow", t_min=0.0, t_max=1.0), 4, "trailing", "zero")]
-    moved = [p.t for p in grid(schedules.create("flow", shift=3.0, t_min=0.0, t_max=1.0), 4, "trailing", "zero")]
+    moved = [
+        p.t for p in grid(schedules.create("flow", shift=3.0, t_min=0.0, t_max=1.0), 4, "trailing", "zero")
+    ]
     assert plain == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert moved == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
 
@@ -90,13 +93,13 @@ def test_every_grid_falls(schedule: str, spacing: str, final: str) -> None:
         else:
             assert points[-1].t == made.t_min
         assert made.t_min <= points[0].t <= made.t_max
-        if steps == 1:
-            assert points[0].ratio >= min(made.ratio_range[1], 10.0) - 1e-6  # never at the clean end
+        if steps == 1 and (spacing, final) != ("leading", "sigma_min"):  # half-way, by its published rule
+            assert points[0].ratio > 10  # never at the clean end
 
 
 def test_a_grid_of_all_times() -> None:
     assert times("trailing", 1000)[:-1] == times("leading", 1000)[:-1] == list(range(999, -1, -1))
-    with pytest.raises(KitError, match="steps must be at most 1000 .* not 1001"):
+    with pytest.raises(KitError, match=r"steps must be at most 1000 .* not 1001"):
         times("leading", 1001)
 
 
@@ -109,7 +112,9 @@ def test_explicit_grids_end_where_they_should() -> None:
     # a grid that ends at sigma = 0 itself is not extended
     assert [p.t for p in explicit(flow, [0.9, 0.5, 0.0], None, "zero")] == [0.9, 0.5, 0.0]
     assert [p.sigma for p in explicit(flow, None, [1.0, 0.0], "zero")] == [0.5, 0.0]
-    assert [p.t for p in explicit(flow, None, torch.tensor([9.0, 1.0]), "sigma_min")] == pytest.approx([0.9, 0.5])
+    assert [p.t for p in explicit(flow, None, torch.tensor([9.0, 1.0]), "sigma_min")] == pytest.approx(
+        [0.9, 0.5]
+    )
     assert explicit(flow, None, [math.inf, 1.0], "zero")[0].t == 1.0
 
 
@@ -122,7 +127,7 @@ def test_explicit_grids_end_where_they_should() -> None:
         ([0.5, 0.5], None, "fall strictly"),
         ([0.2, 0.5], None, "fall strictly"),
         ([1.5, 0.5], None, r"time 1.5 lies outside schedule 'flow', which spans \[0, 1\]"),
-        ([math.nan], None, "outside"),
+        ([math.nan, 0.5], None, "time nan lies outside"),
         (None, [-1.0], "must not be negative"),
     ],
 )

@@ -113,6 +113,8 @@ def test_prior_std_is_what_sampling_starts_from() -> None:
 
 
 def test_heun_does_not_fit_a_flow_at_one() -> None:
-    with pytest.raises(KitError, match=r"sampler 'heun' does not fit schedule 'flow' starting at t=1 \(alpha = 0\)"):
+    with pytest.raises(
+        KitError, match=r"sampler 'heun' does not fit schedule 'flow' starting at t=1 \(alpha = 0\)"
+    ):
         samplers.create("heun").tableau(FLOW, timesteps=[1.0, 0.5])
     assert samplers.create("euler").tableau(FLOW, timesteps=[1.0, 0.5]).nfe == 2

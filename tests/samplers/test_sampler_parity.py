@@ -1,4 +1,4 @@
-"""Every recorded run of the peers that these samplers cover, state by state, on the recorded grid and noise."""
+"""Every recorded peer run that these samplers cover, state by state, on the recorded grid and noise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUIRKS = {
 TOLERANCE = 1e-8
 
 RUNS = [(name, run) for name in GROUPS for run in group(name)[0]]
-#: Without the runs where the peer steps to times that are not on its own grid (no method on a grid can follow).
+#: Without the runs where the peer steps to times that are not on its own grid: nothing can follow there.
 CASES = [(name, run["key"], run["id"]) for name, run in RUNS if run.get("grid_consistent") is not False]
 
 
@@ -70,7 +70,7 @@ def sampler_for(name: str, run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def limiter(config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """The clipping or dynamic thresholding of x0 that a run was made with; points are pictures of two numbers."""
+    """The clipping or dynamic thresholding of x0 in a run; points are pictures of two numbers."""
     if config.get("clip_sample", False):
         reach = config.get("clip_sample_range", 1.0)
         return lambda x0: x0.clamp(-reach, reach)

@@ -15,8 +15,8 @@ from imagen_kit import samplers, schedules
 from imagen_kit.errors import KitError
 from imagen_kit.samplers.base import Sampler
 
-#: One row a sampler: evaluations of a run of 12 steps to the clean end, and the global order of its deterministic
-#: part with the options that show it (no lowering at the end). A new sampler needs a row here.
+#: One row a sampler: evaluations of a run of 12 steps to the clean end, and the global order of its
+#: deterministic part with the options that show it (no lowering at the end). A new sampler needs a row here.
 ROWS: dict[str, tuple[int, float, dict[str, Any]]] = {
     "ddpm": (12, 1, {}),
     "ddim": (12, 1, {}),
@@ -164,8 +164,8 @@ def test_twenty_evaluations_on_a_flow_model(name: str) -> None:
 def moments(sampler: Sampler, schedule: Any, steps: int, mean: float, std: float) -> tuple[float, float]:
     """Mean and standard deviation of what a sampler makes of Gaussian data, exactly and without sampling.
 
-    The network is affine then, so the sample is too, in the start and in every noise: one row of the batch has
-    none of them, each of the others has a single one at 1, and the squares of the responses add up.
+    The network is affine then, so the sample is too, in the start and in every noise: one row of the batch
+    has none of them, each of the others has a single one at 1, and the squares of the responses add up.
     """
     tableau = sampler.tableau(schedule, steps)
     x = torch.zeros(2 + tableau.noises, 1, dtype=torch.float64)
@@ -258,7 +258,7 @@ def test_samplers_are_immutable(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_start_without_signal(name: str) -> None:
-    """Zero terminal SNR: samplers that need no alpha run to finite samples, the others say that they do not fit."""
+    """Zero terminal SNR: samplers that need no alpha run, the others say that they do not fit."""
     schedule = schedules.create("scaled_linear", zero_terminal_snr=True)
     sampler = samplers.create(name)
     if name in NEED_SIGNAL:
@@ -270,7 +270,7 @@ def test_a_start_without_signal(name: str) -> None:
 
 
 def test_methods_that_are_the_same() -> None:
-    """DDIM = Euler; DDIM with eta = 1 = DDPM = Euler ancestral; SDE-2M without noise = 2M; order-2 Heun kinds differ."""
+    """DDIM = Euler; DDIM with eta = 1 = DDPM = Euler ancestral; SDE-2M without noise = 2M."""
     schedule = schedules.create("cosine")
     x = noise_like(schedule, samplers.create("ddim"), 9)
     noises = torch.randn(20, *x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -45,7 +45,7 @@ def test_a_hub_id_reaches_transformers_with_its_subfolder(monkeypatch, tmp_path)
     for cls in (hf.AutoConfig, hf.CLIPTextModel, hf.AutoTokenizer):
         redirect(cls, "from_pretrained")
     loaded = text_encoders.create("clip", weights="owner/name/text_encoder")
-    # The tokenizer first: it costs nothing to find that it is absent. (It reads its own config, from the folder.)
+    # The tokenizer before the weights: finding it absent costs nothing. (It reads a config of its own.)
     assert [call for call in asked if call[1] == "owner/name"] == [
         ("AutoConfig", "owner/name", "text_encoder"),
         ("AutoTokenizer", "owner/name", "tokenizer"),

@@ -87,7 +87,7 @@ def test_embedding_under_any_published_name(reference, tmp_path, stored):
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
 def test_folder_of_a_whole_model_equals_live_transformers(tmp_path, kind):
-    """The encoder half of an encoder-decoder folder, in each family, read as bytes without a tokenizer file."""
+    """The encoder half of an encoder-decoder folder, in each family, read as bytes: no tokenizer file."""
     import transformers as hf
 
     classes = {
