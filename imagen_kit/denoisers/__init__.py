@@ -1,4 +1,4 @@
-"""Registry of denoisers: ``create(name, **config)``, ``names(pattern)``, ``register(name)``, ``describe(name)``."""
+"""Registry of denoisers: ``create(name, **config)``, ``names(pattern)``, ``register``, ``describe``."""
 
 from imagen_kit.registry import Registry
 

@@ -173,17 +173,41 @@ class UNet(nn.Module):
         if max(level.channels for level in spec) % head_dim:
             raise KitError(f"unet head_dim {head_dim} must divide the widest level")
 
+    def _check_inputs(self, x: Tensor, t: Tensor, cond: Cond) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise KitError(f"unet input of shape {tuple(x.shape)}: it must be (b, {self.in_channels}, h, w)")
+        if t.shape != x.shape[:1]:
+            raise KitError(f"unet times of shape {tuple(t.shape)}: give one per picture, ({len(x)},)")
+        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
+            raise KitError(
+                f"picture of {x.shape[-2]}×{x.shape[-1]}: sides must be multiples of {self.multiple}"
+            )
+        if self.text is not None:
+            width = self.text.project.in_features
+            if cond.tokens is None:
+                raise KitError("this unet was built with context_dim: give it text tokens in cond")
+            if cond.tokens.shape[-1] != width:
+                raise KitError(f"text tokens {cond.tokens.shape[-1]} wide: this unet was built for {width}")
+            if self.text.pooled is not None and cond.pooled is None:
+                raise KitError("this unet was built with pooled_dim: give it a pooled text vector in cond")
+        if self.labels is not None and cond.labels is None:
+            raise KitError("this unet was built with num_classes: give it labels in cond")
+        if self.low_res_channels:
+            if cond.low_res is None or cond.low_res_level is None:
+                raise KitError(
+                    "this unet is a super-resolution stage: give it low_res and low_res_level in cond"
+                )
+            wanted = (len(x), self.low_res_channels, *x.shape[2:])
+            if cond.low_res.shape != wanted:
+                raise KitError(f"low_res of shape {tuple(cond.low_res.shape)}: it must be {wanted}")
+
     def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """Activated embedding (b, e) of time and conditioning, adapted text tokens (b, n, d)."""
         emb, context = self.time(t), None
-        if self.text is not None:
-            if cond.tokens is None:
-                raise KitError("this unet was built with context_dim: give it text tokens in cond")
+        if self.text is not None and cond.tokens is not None:
             context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
             emb = emb + vector
-        if self.labels is not None:
-            if cond.labels is None:
-                raise KitError("this unet was built with num_classes: give it labels in cond")
+        if self.labels is not None and cond.labels is not None:
             emb = emb + self.labels(cond.labels)
         if self.low_res_level is not None:
             if cond.low_res is None or cond.low_res_level is None:
@@ -210,10 +234,7 @@ class UNet(nn.Module):
             (b, out_channels, h, w).
         """
         cond = cond or Cond()
-        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
-            raise KitError(
-                f"picture of {x.shape[-2]}×{x.shape[-1]}: sides must be multiples of {self.multiple}"
-            )
+        self._check_inputs(x, t, cond)
         emb, context = self._embed(t, cond)
         mask = cond.mask
         if cond.low_res is not None and self.low_res_channels:

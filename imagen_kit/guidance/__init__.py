@@ -1,4 +1,4 @@
-"""Registry of guidance strategies: ``create(name, **config)``, ``names(pattern)``, ``register(name)``, ``describe(name)``."""
+"""Registry of guidance strategies: ``create(name, **config)``, ``names(pattern)``, ``register``, ``describe``."""
 
 from imagen_kit.registry import Registry
 

@@ -122,6 +122,7 @@ def plain(entry: Any) -> str:
         "too_short": f"must have at least {context.get('min_length')} item(s)",
         "string_pattern_mismatch": f"must be letters, digits, - and _ beginning with a letter, not {value}",
     }
+    kind = kind.replace("_parsing", "_type")
     if kind == "literal_error":
         guess = nearest(
             entry["input"], context["expected"].replace(" or ", ", ").replace("'", "").split(", ")

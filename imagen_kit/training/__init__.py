@@ -46,7 +46,9 @@ def run(
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise KitError(f"output folder {folder} cannot be written ({error.strerror}); choose another") from error
+        raise KitError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another"
+        ) from error
     if not resume and (folder / CHECKPOINT).exists():
         raise KitError(f"output folder {folder} holds a run already; add --resume, or choose another folder")
     return loop.train(tasks.build(loaded), folder, resume=resume, progress=progress)

@@ -136,13 +136,9 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
     module.train()
 
     def snapshot(step: int) -> None:
-        state = {
-            "step": step,
-            "module": plain.state_dict(),
-            "ema": ema.shadow,
-            "optimizer": optimizer.state_dict(),
-        }
         if main:
+            kept = [optimizer.state_dict() for optimizer in optimizing]
+            state = {"step": step, "module": plain.state_dict(), "ema": ema.shadow, "optimizers": kept}
             checkpoint.save(out, state)
 
     with TrainingBar(config.steps, start, examples, enabled=progress and main) as bar:

@@ -23,7 +23,9 @@ def _text(recipe: Any) -> Task:
     part = recipe.spec.text_encoder
     size = part.options.get("size")
     if part.name != "t5" or not isinstance(size, dict):
-        raise KitError("text pretraining needs text_encoder: {name: t5, weights: random, size: {d_model: ...}}")
+        raise KitError(
+            "text pretraining needs text_encoder: {name: t5, weights: random, size: {d_model: ...}}"
+        )
     return TextTask(recipe.train, size)
 
 

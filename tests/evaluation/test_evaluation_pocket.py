@@ -13,7 +13,7 @@ from imagen_kit.evaluation.pocket import draw_scenes, evaluate, wilson
 
 
 class Painter:
-    """A stand-in for a pipeline that draws captions perfectly, apart from every ``miss``-th picture, left blank."""
+    """Stands in for a pipeline; draws captions perfectly, but for every ``miss``-th picture, left blank."""
 
     device = torch.device("cpu")
 

@@ -26,7 +26,9 @@ def test_times_follow_their_distribution():
     assert uniform.min() >= FLOW.t_min
     assert uniform.max() <= FLOW.t_max
     assert (uniform < 0.25).double().mean().item() == pytest.approx(0.25, abs=0.005)
-    logit = torch.logit((draws(name="logit_normal", mean=0.5, std=0.8) - FLOW.t_min) / (FLOW.t_max - FLOW.t_min))
+    logit = torch.logit(
+        (draws(name="logit_normal", mean=0.5, std=0.8) - FLOW.t_min) / (FLOW.t_max - FLOW.t_min)
+    )
     assert logit.mean().item() == pytest.approx(0.5, abs=0.01)
     assert logit.std().item() == pytest.approx(0.8, abs=0.01)
     tailed = draws(name="uniform", tail=0.5, width=0.2)

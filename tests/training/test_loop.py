@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,14 @@ class Line:
 
 
 def config(**changes) -> TrainConfig:
-    base = {"steps": 300, "batch_size": 8, "precision": "no", "checkpoint_every": 50, "log_every": 10, "ema": 0.9}
+    base = {
+        "steps": 300,
+        "batch_size": 8,
+        "precision": "no",
+        "checkpoint_every": 50,
+        "log_every": 10,
+        "ema": 0.9,
+    }
     return TrainConfig(**{**base, **changes})
 
 
@@ -60,7 +68,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(decay):
     assert rates[4] == pytest.approx(1.0)
     assert rates[10] == pytest.approx(2.0)
     assert rates[110] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     if decay == "cooldown":
         assert rates[84] == 2.0  # still on the plateau
         assert rates[85 + 13] == pytest.approx(2.0 * 12 / 25)  # 12 of the last 25 steps left

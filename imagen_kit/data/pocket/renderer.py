@@ -45,7 +45,7 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     # Pentagram, tip up: 10 equal sectors folded onto one, whose edge is the line from the tip to the inner corner.
     radius = 0.5 / math.sin(math.radians(72))  # width 2 R sin 72° = 1
     inner = radius * math.sin(math.radians(18)) / math.sin(math.radians(54))
-    y = y + radius * (1 - math.cos(math.radians(36))) / 2  # the bounding box's centre → the star's
+    y = y - radius * (1 - math.cos(math.radians(36))) / 2  # the bounding box's centre → the star's
     angle = torch.atan2(x, -y)
     sector = math.radians(72)
     angle = (angle - sector * torch.round(angle / sector)).abs()
@@ -68,7 +68,7 @@ def _cross(x: Tensor, y: Tensor) -> Tensor:
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     # A square of side a on its tip and a half disc on each of its two upper sides; width a (1 + 1/sqrt(2)) = 1.
     a = 1 / (1 + math.sqrt(0.5))
-    y = y + a * (0.5 + math.sqrt(1 / 8) - math.sqrt(0.5)) / 2
+    y = y - a * (0.5 + math.sqrt(1 / 8) - math.sqrt(0.5)) / 2  # the bounding box's centre → the square's
     x = x.abs()
     tip = (x + y.abs()) * math.sqrt(0.5) - a / 2
     lobe = torch.hypot(x - a * math.sqrt(1 / 8), y + a * math.sqrt(1 / 8)) - a / 2

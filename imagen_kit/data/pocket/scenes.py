@@ -117,7 +117,8 @@ def parse(text: str) -> Scene:
         w = tuple(ENGLISH[word] for word in m.groups())
         return Scene((Obj(*w[1:4]), Obj(*w[4:7])), w[0], w[7])
     raise KitError(
-        f"{text!r} is no caption of the pocket world; write e.g. 'a large red star above a small blue ring on a gray background'"
+        f"{text!r} is no caption of the pocket world; write e.g. "
+        "'a large red star above a small blue ring on a gray background'"
     )
 
 
