@@ -24,7 +24,7 @@ PARTS = {
     "schedule": {"cosine": "cosine", "flow": "flow"},
     "sampler": {"ddim": "ddim", "dpmpp_2m": "dpmpp_2m"},
 }
-TRAIN = {"steps": 1, "batch_size": 2, "precision": "no", "ema": 0.0}
+TRAIN = {"steps": 1, "batch_size": 2, "precision": "fp32", "ema": 0.0}
 
 
 def all_pairs(choices: dict[str, list[str]]) -> list[dict[str, str]]:

@@ -74,8 +74,8 @@ def _print_tableau(name: str, steps: int, schedule_name: str) -> None:
 
 
 def _print_recipe(recipe: Recipe) -> None:
+    encoder, modules = _hollow(recipe)  # first: it may fail, and then nothing is printed
     typer.echo(f"{typer.style(recipe.name, bold=True)}: {recipe.spec.description}".rstrip(": "))
-    encoder, modules = _hollow(recipe)
     typer.echo(f"text encoder  {_spoken(recipe.spec.text_encoder)}  {_size(encoder)}")
     total = 0
     for index, stage in enumerate(recipe.stages):
@@ -92,7 +92,8 @@ def _print_recipe(recipe: Recipe) -> None:
             typer.echo(f"  low-res     noise level {stage.low_res_level:g}")
         batch = f", each of {passes} pictures at once" if passes > 1 else ""
         typer.echo(f"  evaluations {calls}{batch}")
-    typer.echo(f"network passes a picture: {total}")
+    if recipe.stages:
+        typer.echo(f"network passes a picture: {total}")
 
 
 def _hollow(recipe: Recipe) -> tuple[Any, list[Any]]:
@@ -102,7 +103,7 @@ def _hollow(recipe: Recipe) -> tuple[Any, list[Any]]:
     with torch.device("meta"):
         try:
             encoder = recipe.build_text_encoder()
-        except RuntimeError:  # some loaders of existing weights refuse the meta device
+        except (RuntimeError, KitError):  # loaders of existing weights refuse the meta device
             encoder = None
     encoder = recipe.build_text_encoder() if encoder is None else encoder
     with torch.device("meta"):

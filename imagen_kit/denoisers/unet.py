@@ -124,7 +124,7 @@ class UNet(nn.Module):
         self.text = (
             None
             if context_dim is None or text_dim is None
-            else TextAdapter(context_dim, text_dim, embed_dim, pooled_dim, text_depth)
+            else TextAdapter(context_dim, text_dim, embed_dim, pooled_dim, text_depth, head_dim)
         )
         self.labels = None if num_classes is None else nn.Embedding(num_classes + 1, embed_dim)
         self.low_res_level = TimestepEmbedder(embed_dim, scale=1000.0) if low_res_channels else None

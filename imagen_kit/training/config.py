@@ -55,7 +55,7 @@ class TrainConfig(Strict):
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(64, ge=1, description="pictures (or texts) a step and process")
     seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     times: TimesConfig = TimesConfig()

@@ -106,7 +106,9 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
 
     config = task.config
     cuda = torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not cuda)
+    accelerator = Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision, cpu=not cuda
+    )
     device, main = accelerator.device, accelerator.is_main_process
     start, examples = 0, config.batch_size * accelerator.num_processes
     saved = checkpoint.load(out) if resume else None
@@ -124,7 +126,7 @@ def train(task: Task, out: Path, *, resume: bool = False, progress: bool = True)
     del saved
     module, *optimizing = accelerator.prepare(task.module, *optimizing)
     plain = accelerator.unwrap_model(module)
-    stepped = torch.compile(module) if config.compile else module
+    stepped: Any = torch.compile(module) if config.compile else module
     if config.attention == "auto":
         # Measured: the CPU's fused kernel is several times slower than plain products in the backward pass.
         set_backend("sdpa" if device.type == "cuda" else "eager")

@@ -83,16 +83,14 @@ class TextTask:
         self.config = config
         self.pair_fraction = float(config.data.get("pair_fraction", 0.8))
         torch.manual_seed(config.seed)
-        self.module: nn.Module = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=384,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-                dropout_rate=0.0,
-                decoder_start_token_id=PAD,
-                **model,
-            )
-        )
+        fixed = {
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": PAD,
+        }
+        self.settings = T5Config(**{"vocab_size": 384, **model, **fixed})
+        self.module: nn.Module = T5ForConditionalGeneration(self.settings)
 
     def _example(self, scene: Scene, generator: torch.Generator) -> tuple[list[int], int, list[int]]:
         pick = int(torch.randint(20, (), generator=generator))
@@ -164,7 +162,7 @@ class TextTask:
         self.module.load_state_dict(weights)
         self.module.eval()
         accuracy = self.accuracy(self.module)
-        encoder = T5EncoderModel(self.module.config)
+        encoder: Any = T5EncoderModel(self.settings)
         kept = {k: v for k, v in weights.items() if k.startswith(("shared.", "encoder."))}
         encoder.load_state_dict(kept, strict=False)
         encoder.config.tokenizer_class = "ByT5Tokenizer"

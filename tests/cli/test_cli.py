@@ -247,6 +247,14 @@ def test_show_recipe_counts_parameters_and_evaluations(command):
         assert word in out
 
 
+def test_show_a_recipe_with_existing_encoder_weights(command, tmp_path):
+    encoder = recipe.load("tiny").build_text_encoder()
+    encoder.network.save_pretrained(tmp_path / "t5")
+    code, out, _ = command("show", "tiny", "--set", f"text_encoder={{name: t5, weights: {tmp_path / 't5'}}}")
+    assert code == 0
+    assert f"{sum(p.numel() for p in encoder.parameters()) / 1e3:.3g} k parameters" in out
+
+
 def test_show_part_and_tableau(command):
     code, out, _ = command("show", "sampler", "ddim", "--steps", 3, "--schedule", "cosine")
     assert code == 0

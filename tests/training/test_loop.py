@@ -25,7 +25,7 @@ TINY = [
     "train.checkpoint_every=1",
     "train.sample_every=100",
     "train.log_every=1",
-    "train.precision=no",
+    "train.precision=fp32",
 ]
 
 
@@ -53,7 +53,7 @@ def config(**changes) -> TrainConfig:
     base = {
         "steps": 300,
         "batch_size": 8,
-        "precision": "no",
+        "precision": "fp32",
         "checkpoint_every": 50,
         "log_every": 10,
         "ema": 0.9,

@@ -60,7 +60,7 @@ def test_reading_lists_objects_by_place(prompt, read):
 
 
 def test_a_run_writes_an_encoder_that_loads(tmp_path):
-    config = TrainConfig(task="text", steps=2, batch_size=4, precision="no", sample_every=100)
+    config = TrainConfig(task="text", steps=2, batch_size=4, precision="fp32", sample_every=100)
     task = text.TextTask(config, MODEL)
     task.accuracy = lambda module: {}  # decoding an untrained model to the end is slow and says nothing
     loop.train(task, tmp_path, progress=False)

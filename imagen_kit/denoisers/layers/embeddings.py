@@ -41,7 +41,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(b,) → (b, dim)."""
         embedding = timestep_embedding(t * self.scale, self.frequencies)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        return self.mlp(embedding.to(next(self.mlp.parameters()).dtype))
 
 
 class PictureCoordinates(nn.Module):

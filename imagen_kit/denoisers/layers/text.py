@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
+from imagen_kit.errors import KitError
 
 
 class TextLayer(nn.Module):
@@ -22,10 +23,11 @@ class TextLayer(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim))
-        for last in (self.out, self.mlp[-1]):  # starts as the identity
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        last = nn.Linear(expansion * dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, expansion * dim), nn.GELU(), last)
+        for layer in (self.out, last):  # starts as the identity
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(b, n, d), (b, n) bool → (b, n, d)."""
@@ -65,17 +67,29 @@ class TextAdapter(nn.Module):
         embed_dim: width of the time embedding.
         pooled_dim: width of the encoder's own pooled vector, or None.
         depth: transformer layers over the tokens.
+        head_dim: width of their heads; divides ``dim``.
+
+    Raises:
+        KitError: ``head_dim`` does not divide ``dim``.
     """
 
     def __init__(
-        self, context_dim: int, dim: int, embed_dim: int, pooled_dim: int | None = None, depth: int = 0
+        self,
+        context_dim: int,
+        dim: int,
+        embed_dim: int,
+        pooled_dim: int | None = None,
+        depth: int = 0,
+        head_dim: int = 32,
     ):
         super().__init__()
+        if dim % head_dim:
+            raise KitError(f"text adapter of width {dim}: head_dim {head_dim} must divide it")
         self.norm = nn.LayerNorm(context_dim)  # "helps considerably" (Imagen §2.3)
         self.project = nn.Linear(context_dim, dim)
-        self.layers = nn.ModuleList(TextLayer(dim) for _ in range(depth))
+        self.layers = nn.ModuleList(TextLayer(dim, head_dim) for _ in range(depth))
         self.norm_out = nn.LayerNorm(dim)
-        self.pool = AttentionPool(dim, embed_dim)
+        self.pool = AttentionPool(dim, embed_dim, head_dim=head_dim)
         self.pooled = None if pooled_dim is None else nn.Linear(pooled_dim, embed_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
