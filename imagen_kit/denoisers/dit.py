@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -266,7 +265,8 @@ class DiT(nn.Module):
                 tokens = block(tokens, c, context, cond.mask)
         out = self.final_layer(tokens, c)
         p = self.patch_size
-        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        patches = out.unflatten(1, (h, w)).unflatten(3, (p, p, -1))  # b h w p p c
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def _size(name: str) -> Callable[[Callable[..., DiT]], Callable[..., DiT]]:

@@ -139,7 +139,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     """kill -9 in the middle of a real stage's training, then --resume: the same weights to the bit."""
     overrides = [*TINY, "train.stage=base", "train.steps=12"]
     run("tiny", tmp_path / "whole", overrides=overrides, progress=False)
-    command = [sys.executable, "-m", "imagen_kit.cli", "train", "tiny", "-o", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "imagen_kit", "train", "tiny", "-o", str(tmp_path / "killed")]
     for override in overrides:
         command += ["--set", override]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -6,11 +6,11 @@ Axes: b batch, c channels, h w picture, n text tokens, d width, e embedding widt
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
 from imagen_kit.denoisers.layers.embeddings import PictureCoordinates
+from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 
 
 def group_norm(channels: int, largest: int = 32) -> nn.GroupNorm:
@@ -84,17 +84,17 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w), text (b, n, d), mask (b, n) bool → (b, c, h, w)."""
         b, _, h, w = x.shape
-        cells = rearrange(x, "b c h w -> b (h w) c")
-        normed = rearrange(self.norm(x), "b c h w -> b (h w) c") + self.places(h, w)
-        q, k, v = rearrange(self.qkv(normed), "b n (s a d) -> s b a n d", s=3, d=self.head_dim)
+        cells = to_cells(x)
+        normed = to_cells(self.norm(x)) + self.places(h, w)
+        q, k, v = split_heads(self.qkv(normed), 3, self.head_dim)
         if self.context is not None and context is not None:
-            tk, tv = rearrange(self.context(context), "b n (s a d) -> s b a n d", s=2, d=self.head_dim)
+            tk, tv = split_heads(self.context(context), 2, self.head_dim)
             k, v = torch.cat([tk, k], dim=2), torch.cat([tv, v], dim=2)
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(b, h * w)], dim=1)
         else:
             mask = None
-        cells = cells + self.out(rearrange(attention(q, k, v, mask), "b a n d -> b n (a d)"))
+        cells = cells + self.out(join_heads(attention(q, k, v, mask)))
         if self.mlp is not None:
             cells = cells + self.mlp(cells)
-        return rearrange(cells, "b (h w) c -> b c h w", h=h)
+        return to_picture(cells, h, w)

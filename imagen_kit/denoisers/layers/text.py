@@ -6,10 +6,10 @@ Axes: b batch, n tokens, d width, p width of the pooled vector.
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.heads import join_heads, split_heads
 from imagen_kit.errors import KitError
 
 
@@ -31,8 +31,8 @@ class TextLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(b, n, d), (b, n) bool → (b, n, d)."""
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (s a d) -> s b a n d", s=3, d=self.head_dim)
-        x = x + self.out(rearrange(attention(q, k, v, mask), "b a n d -> b n (a d)"))
+        q, k, v = split_heads(self.qkv(self.norm1(x)), 3, self.head_dim)
+        x = x + self.out(join_heads(attention(q, k, v, mask)))
         return x + self.mlp(self.norm2(x))
 
 
@@ -49,13 +49,10 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(b, n, d), (b, n) bool → (b, out)."""
-        k, v = rearrange(self.kv(self.norm(x)), "b n (s a d) -> s b a n d", s=2, d=self.head_dim)
-        q = (
-            rearrange(self.query, "n (a d) -> 1 a n d", d=self.head_dim)
-            .expand(len(x), -1, -1, -1)
-            .to(k.dtype)
-        )
-        return self.out(rearrange(attention(q, k, v, mask), "b a n d -> b (n a d)"))
+        k, v = split_heads(self.kv(self.norm(x)), 2, self.head_dim)
+        (q,) = split_heads(self.query[None], 1, self.head_dim)
+        q = q.expand(len(x), -1, -1, -1).to(k.dtype)
+        return self.out(join_heads(attention(q, k, v, mask)).flatten(1))
 
 
 class TextAdapter(nn.Module):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells
 
 
 def sincos_positions(h: int, w: int, dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) → (b, (h/p)·(w/p), d)."""
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        return to_cells(self.proj(x))
 
 
 class SelfAttention(nn.Module):
@@ -58,8 +58,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, d) → (b, n, d)."""
-        q, k, v = rearrange(self.qkv(x), "b n (s a d) -> s b a n d", s=3, a=self.heads)
-        return self.proj(rearrange(attention(q, k, v), "b a n d -> b n (a d)"))
+        q, k, v = split_heads(self.qkv(x), 3, x.shape[-1] // self.heads)
+        return self.proj(join_heads(attention(q, k, v)))
 
 
 class CrossAttention(nn.Module):
@@ -74,9 +74,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """Patches (b, n, d), text (b, m, d), mask (b, m) bool → (b, n, d)."""
-        q = rearrange(self.q(x), "b n (a d) -> b a n d", a=self.heads)
-        k, v = rearrange(self.kv(context), "b m (s a d) -> s b a m d", s=2, a=self.heads)
-        return self.proj(rearrange(attention(q, k, v, mask), "b a n d -> b n (a d)"))
+        head_dim = x.shape[-1] // self.heads
+        (q,) = split_heads(self.q(x), 1, head_dim)
+        k, v = split_heads(self.kv(context), 2, head_dim)
+        return self.proj(join_heads(attention(q, k, v, mask)))
 
 
 class Mlp(nn.Module):
