@@ -27,6 +27,7 @@ _HOMES = {
 _MODULES = (
     "checkpoints",
     "codecs",
+    "data",
     "denoisers",
     "evaluation",
     "guidance",

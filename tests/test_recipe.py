@@ -314,9 +314,9 @@ def test_dimensions_are_wired(write):
         write(data), ["stages.1.denoiser={name: dit, width: 32, depth: 1, heads: 2}"]
     ).build()
     base, sr = (stage.denoiser for stage in pipeline.stages)
-    assert base.low_res_channels == 0
-    assert sr.low_res_channels == 3
-    assert sr.context_dim == pipeline.text_encoder.dim
+    assert base.inputs.low_res_channels == 0
+    assert sr.inputs.low_res_channels == 3
+    assert sr.inputs.context_dim == pipeline.text_encoder.dim
     assert base.time.scale == schedules.create("flow").time_scale
 
 

@@ -16,6 +16,7 @@ from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
+from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.text import TextAdapter
 from imagen_kit.denoisers.layers.transformer import (
     CrossAttention,
@@ -140,10 +141,11 @@ class DiT(nn.Module):
                 raise KitError(unknown("dit runtime option", option, RUNTIME))
         options = {**RUNTIME, **(runtime or {})}
         self.checkpointing, self.channels_last = options["checkpointing"], options["channels_last"]
-        self.in_channels, self.low_res_channels = in_channels, low_res_channels
+        self.inputs = Inputs(
+            "dit", in_channels, patch_size, context_dim, pooled_dim, num_classes, low_res_channels
+        )
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.patch_size, self.width = patch_size, width
-        self.context_dim, self.pooled_dim = context_dim, pooled_dim
 
         self.x_embedder = PatchEmbed(in_channels + low_res_channels, width, patch_size)
         self.t_embedder = TimestepEmbedder(width, scale=time_scale)
@@ -197,45 +199,14 @@ class DiT(nn.Module):
     def _condition(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """Sum (b, d) of all vectors the blocks are modulated by, adapted text tokens (b, m, d)."""
         c, context = self.t_embedder(t), None
-        if self.y_embedder is not None:
-            if cond.labels is None:
-                raise KitError("this dit was built with num_classes: give it labels in cond")
+        if self.y_embedder is not None and cond.labels is not None:
             c = c + self.y_embedder(cond.labels)
-        if self.text is not None:
-            if cond.tokens is None:
-                raise KitError("this dit was built with context_dim: give it text tokens in cond")
-            if cond.tokens.shape[-1] != self.context_dim:
-                raise KitError(
-                    f"text tokens of width {cond.tokens.shape[-1]}: "
-                    f"this dit was built with context_dim {self.context_dim}"
-                )
-            if self.pooled_dim is not None and cond.pooled is None:
-                raise KitError("this dit was built with pooled_dim: give it the pooled text in cond")
+        if self.text is not None and cond.tokens is not None:
             context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
             c = c + vector
-        if self.low_res_level is not None:
-            if cond.low_res_level is None:
-                raise KitError("this dit is a super-resolution stage: give it low_res_level in cond")
+        if self.low_res_level is not None and cond.low_res_level is not None:
             c = c + self.low_res_level(cond.low_res_level)
         return c, context
-
-    def _picture(self, x: Tensor, cond: Cond) -> Tensor:
-        """x joined with the low-resolution picture, (b, in + low_res, h, w)."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise KitError(f"picture of shape {tuple(x.shape)}: this dit takes (b, {self.in_channels}, h, w)")
-        h, w = x.shape[-2:]
-        if h % self.patch_size or w % self.patch_size:
-            raise KitError(f"picture of {h}×{w}: sides must be multiples of {self.patch_size}")
-        if not self.low_res_channels:
-            return x
-        if cond.low_res is None:
-            raise KitError("this dit is a super-resolution stage: give it low_res in cond")
-        if cond.low_res.shape[1:] != (self.low_res_channels, h, w):
-            raise KitError(
-                f"low_res of shape {tuple(cond.low_res.shape)}: "
-                f"this dit needs (b, {self.low_res_channels}, {h}, {w}), resized to x"
-            )
-        return torch.cat([x, cond.low_res.to(x.dtype)], dim=1)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -249,9 +220,8 @@ class DiT(nn.Module):
             (b, out_channels, h, w).
         """
         cond = cond or Cond()
-        picture = self._picture(x, cond)
-        if t.shape != x.shape[:1]:
-            raise KitError(f"times of shape {tuple(t.shape)}: give one for each of the {len(x)} pictures")
+        self.inputs.check(x, t, cond)
+        picture = self.inputs.picture(x, cond)
         c, context = self._condition(t, cond)
         if self.channels_last:
             picture = picture.contiguous(memory_format=torch.channels_last)

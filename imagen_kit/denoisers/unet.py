@@ -17,6 +17,7 @@ from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import AttentionBlock, ResBlock, group_norm, zeroed
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
+from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.text import TextAdapter
 from imagen_kit.errors import KitError
 
@@ -114,9 +115,11 @@ class UNet(nn.Module):
                 f"unet runtime option {sorted(unknown)[0]!r}; choose from checkpointing, channels_last"
             )
         self.checkpointing, self.channels_last = options["checkpointing"], options["channels_last"]
-        self.in_channels, self.low_res_channels = in_channels, low_res_channels
         self.out_channels = out_channels or in_channels
-        self.multiple = patch_size * 2 ** (len(spec) - 1)
+        multiple = patch_size * 2 ** (len(spec) - 1)
+        self.inputs = Inputs(
+            "unet", in_channels, multiple, context_dim, pooled_dim, num_classes, low_res_channels
+        )
         width, embed_dim = spec[0].channels, 4 * spec[0].channels
 
         self.time = TimestepEmbedder(embed_dim, scale=time_scale)
@@ -173,34 +176,6 @@ class UNet(nn.Module):
         if max(level.channels for level in spec) % head_dim:
             raise KitError(f"unet head_dim {head_dim} must divide the widest level")
 
-    def _check_inputs(self, x: Tensor, t: Tensor, cond: Cond) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise KitError(f"unet input of shape {tuple(x.shape)}: it must be (b, {self.in_channels}, h, w)")
-        if t.shape != x.shape[:1]:
-            raise KitError(f"unet times of shape {tuple(t.shape)}: give one per picture, ({len(x)},)")
-        if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
-            raise KitError(
-                f"picture of {x.shape[-2]}×{x.shape[-1]}: sides must be multiples of {self.multiple}"
-            )
-        if self.text is not None:
-            width = self.text.project.in_features
-            if cond.tokens is None:
-                raise KitError("this unet was built with context_dim: give it text tokens in cond")
-            if cond.tokens.shape[-1] != width:
-                raise KitError(f"text tokens {cond.tokens.shape[-1]} wide: this unet was built for {width}")
-            if self.text.pooled is not None and cond.pooled is None:
-                raise KitError("this unet was built with pooled_dim: give it a pooled text vector in cond")
-        if self.labels is not None and cond.labels is None:
-            raise KitError("this unet was built with num_classes: give it labels in cond")
-        if self.low_res_channels:
-            if cond.low_res is None or cond.low_res_level is None:
-                raise KitError(
-                    "this unet is a super-resolution stage: give it low_res and low_res_level in cond"
-                )
-            wanted = (len(x), self.low_res_channels, *x.shape[2:])
-            if cond.low_res.shape != wanted:
-                raise KitError(f"low_res of shape {tuple(cond.low_res.shape)}: it must be {wanted}")
-
     def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """Activated embedding (b, e) of time and conditioning, adapted text tokens (b, n, d)."""
         emb, context = self.time(t), None
@@ -209,11 +184,7 @@ class UNet(nn.Module):
             emb = emb + vector
         if self.labels is not None and cond.labels is not None:
             emb = emb + self.labels(cond.labels)
-        if self.low_res_level is not None:
-            if cond.low_res is None or cond.low_res_level is None:
-                raise KitError(
-                    "this unet is a super-resolution stage: give it low_res and low_res_level in cond"
-                )
+        if self.low_res_level is not None and cond.low_res_level is not None:
             emb = emb + self.low_res_level(cond.low_res_level)
         return nn.functional.silu(emb), context
 
@@ -234,12 +205,10 @@ class UNet(nn.Module):
             (b, out_channels, h, w).
         """
         cond = cond or Cond()
-        self._check_inputs(x, t, cond)
+        self.inputs.check(x, t, cond)
         emb, context = self._embed(t, cond)
         mask = cond.mask
-        if cond.low_res is not None and self.low_res_channels:
-            x = torch.cat([x, cond.low_res.to(x.dtype)], dim=1)
-        x = self.fold(x)
+        x = self.fold(self.inputs.picture(x, cond))
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x)

@@ -24,9 +24,10 @@ ASSUMED_TEXT_DIM = 64  # stands for the encoder's width, which is known only onc
 
 def registries() -> dict[str, Registry]:
     """The registry of each part that a recipe names, by the part's key."""
-    from imagen_kit import codecs, denoisers, guidance, samplers, schedules, text_encoders
+    from imagen_kit import codecs, data, denoisers, guidance, samplers, schedules, text_encoders
 
     return {
+        "data": data.registry,
         "text_encoder": text_encoders.registry,
         "schedule": schedules.registry,
         "codec": codecs.registry,

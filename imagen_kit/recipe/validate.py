@@ -106,6 +106,7 @@ def train_faults(data: dict[str, Any]) -> Iterator[Fault]:
         from imagen_kit.training.config import TrainConfig
 
         yield from structure_faults(TrainConfig, data["train"], "train")
+        yield from check.option_faults(check.registries()["data"], data["train"].get("data"), "train.data")
         wanted, stages = data["train"].get("stage"), data.get("stages")
         names = [
             str(s.get("name")) for s in (stages if isinstance(stages, list) else []) if isinstance(s, dict)
