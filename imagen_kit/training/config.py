@@ -51,6 +51,9 @@ class TrainConfig(Strict):
 
     task: Literal["diffusion", "text"] = "diffusion"
     stage: str | None = Field(None, description="name of the stage to train; the only one by default")
+    init: Literal["random", "weights"] = Field(
+        "random", description="weights: go on from the stage's weight file"
+    )
     data: dict[str, Any] = Field(default_factory=lambda: {"name": "pocket"})
     steps: int = Field(10_000, ge=1)
     batch_size: int = Field(64, ge=1, description="pictures (or texts) a step and process")

@@ -44,7 +44,7 @@ def _diffusion(recipe: Any) -> Task:
     encoder = recipe.build_text_encoder()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        module = recipe.build_stage_denoiser(index, encoder, weights=False)
+        module = recipe.build_stage_denoiser(index, encoder, weights=config.init == "weights")
     return DiffusionTask(
         config,
         module,

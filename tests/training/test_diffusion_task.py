@@ -77,3 +77,13 @@ def test_the_loss_of_a_silent_network_is_the_size_of_its_target():
     expected = 1 + x0.square().mean().item()
     # The mean over 512 pictures: noise and pictures spread each picture's value by about 0.4.
     assert loss == pytest.approx(expected, abs=4 * 0.4 / math.sqrt(512))
+
+
+def test_training_can_go_on_from_shipped_weights():
+    """``train.init: weights`` starts from the recipe's weight file; the default from fresh weights."""
+    kept = recipe.load("pocket-imagen").build_stage_denoiser(0).state_dict()
+    change = ["train.stage=base", "train.data.pool=10"]
+    begun = tasks.build(recipe.load("pocket/base", [*change, "train.init=weights"])).module.state_dict()
+    fresh = tasks.build(recipe.load("pocket/base", change)).module.state_dict()
+    assert all(torch.equal(kept[name], begun[name]) for name in kept)
+    assert not torch.equal(kept["stem.weight"], fresh["stem.weight"])
