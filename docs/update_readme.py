@@ -1,25 +1,79 @@
-"""Write what the registries print into README.md: python docs/update_readme.py"""
+"""Bring README.md up to date with the registries and the result files: python docs/update_readme.py"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from imagen_kit.cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run() -> None:
+def listing() -> str:
+    """What ``imagen-kit list`` prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["list"])
-    text = README.read_text(encoding="utf-8")
-    pattern = r"(`imagen-kit list` prints:\n\n```text\n).*?(\n```)"
-    listing = printed.getvalue().rstrip()
-    README.write_text(re.sub(pattern, lambda m: m[1] + listing + m[2], text, flags=re.S), encoding="utf-8")
+    return printed.getvalue().rstrip()
+
+
+def accuracy() -> str:
+    """The table of ``imagen-kit evaluate pocket-imagen``."""
+    found = json.loads((RESULTS / "pocket-accuracy.json").read_text(encoding="utf-8"))
+    lines = [
+        "| captions | all right | one object | two objects | colour | shape | size | relation |",
+        "|" + "---|" * 8,
+    ]
+    for language, name in (("en", "English"), ("zh", "Chinese")):
+        row = found["languages"][language]
+        low, high = row["interval"]
+        shares = [row["one_object"]["all"], row["two_objects"]["all"]]
+        shares += [row["accuracy"][key] for key in ("color", "shape", "size", "relation")]
+        cells = [
+            f"{row['accuracy']['all']:.1%} ({low:.0%}-{high:.0%}, n = {row['n']})",
+            *(f"{s:.1%}" for s in shares),
+        ]
+        lines.append(f"| {name}, held out | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"`{found['provenance']['command']}` · {_machine(found)}"])
+
+
+def comparison() -> str:
+    """The table of ``imagen-kit compare pocket-imagen``."""
+    found = json.loads((RESULTS / "pocket-compare" / "results.json").read_text(encoding="utf-8"))
+    lines = [
+        "| sampler | steps | evaluations | all right | RMSE to converged, 32 px | seconds a picture |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in found["cells"]:
+        numbers = (
+            f"{cell['accuracy']['all']:.0%} | {cell['rmse_first']:.4f} | {cell['seconds_per_picture']:.2f}"
+        )
+        lines.append(f"| {cell['sampler']} | {cell['steps']} | {cell['nfe']} | {numbers} |")
+    return "\n".join([*lines, "", f"`{found['provenance']['command']}` · {_machine(found)}"])
+
+
+def _machine(found: dict[str, Any]) -> str:
+    facts = found["provenance"]
+    return f"{facts['device']}, {facts['threads']} thread(s), torch {facts['versions']['torch']}, {facts['date'][:10]}"
+
+
+def run() -> None:
+    file = ROOT / "README.md"
+    text = file.read_text(encoding="utf-8")
+    for mark, content in (
+        ("list", f"```text\n{listing()}\n```"),
+        ("accuracy", accuracy()),
+        ("comparison", comparison()),
+    ):
+        pattern = rf"(<!-- {mark}: .*? -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, new=content: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
+    file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_a_users_own_network_is_sampled_as_printed():
     code = block("example: builder")
     assert len(code.strip().splitlines()) <= 12
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "README.md", "exec", dont_inherit=True), names)
     assert names["picture"].shape == (1, 3, 32, 32)
     assert torch.isfinite(names["picture"]).all()
 
@@ -40,7 +40,7 @@ def test_the_benchmarkers_lines_run_as_printed(tmp_path):
 def test_the_sampler_choosers_lines_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block("example: chooser"), "README.md", "exec"), names)
+    exec(compile(block("example: chooser"), "README.md", "exec", dont_inherit=True), names)
     assert len(list(tmp_path.glob("dpmpp_*.png"))) >= 4
 
 
