@@ -62,7 +62,7 @@ def figure(results: dict[str, Any]) -> Figure:
     counts = sorted({cell["nfe"] for cell in results["cells"]})
     for axes in (right, distance):
         axes.set_xscale("log")
-        axes.set_xticks(counts)
+        axes.set_xticks(_apart(counts))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("network evaluations (calls of the first stage's network)")
@@ -77,3 +77,12 @@ def figure(results: dict[str, Any]) -> Figure:
         fontsize=10,
     )
     return out
+
+
+def _apart(counts: list[int], factor: float = 1.08) -> list[int]:
+    """The counts whose labels do not run into each other on a logarithmic axis; of two near ones the larger."""
+    kept: list[int] = []
+    for count in sorted(counts, reverse=True):
+        if not kept or count * factor < kept[-1]:
+            kept.append(count)
+    return kept[::-1]
