@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imagen_kit.cli import main
+from imagen_kit.evaluation import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,18 +45,20 @@ def accuracy() -> str:
 
 
 def comparison() -> str:
-    """The table of ``imagen-kit compare pocket-imagen``."""
+    """The table of ``imagen-kit compare pocket-imagen``, seeds averaged, and what it comes to."""
     found = json.loads((RESULTS / "pocket-compare" / "results.json").read_text(encoding="utf-8"))
-    lines = [
-        "| sampler | steps | evaluations | all right | RMSE to converged, 32 px | seconds a picture |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cell in found["cells"]:
-        numbers = (
-            f"{cell['accuracy']['all']:.0%} | {cell['rmse_first']:.4f} | {cell['seconds_per_picture']:.2f}"
-        )
-        lines.append(f"| {cell['sampler']} | {cell['steps']} | {cell['nfe']} | {numbers} |")
-    return "\n".join([*lines, "", f"`{found['provenance']['command']}` · {_machine(found)}"])
+    every = summary.points(found)
+    guided = len({point["guidance"] for point in every}) > 1
+    titles = ["sampler", "steps", *(["guidance"] if guided else []), "evaluations", "all right"]
+    titles += ["RMSE to converged, 32 px", "seconds a picture"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for point in every:
+        scale = "recipe's" if point["guidance"] is None else f"{point['guidance']:g}"
+        row = [point["sampler"], point["steps"], *([scale] if guided else []), f"{point['nfe']:g}"]
+        row += [f"{point['accuracy']:.0%}", f"{point['rmse']:.4f}", f"{point['seconds_per_picture']:.2f}"]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    said = [answer["text"] for answer in found["answers"]]
+    return "\n".join([*lines, "", *said, "", f"`{found['provenance']['command']}` · {_machine(found)}"])
 
 
 def _machine(found: dict[str, Any]) -> str:

@@ -12,14 +12,18 @@ Backends, chosen for a call (``backend=``), a block of code (``use_backend``) or
     xformers  xformers' memory-efficient kernels (CUDA; ``pip install imagen-kit[xformers]``)
 
 A query with no key to attend to is answered with zeros by every backend, and its gradients are zero too.
+
+``own_values`` makes chosen samples of a batch attend to themselves alone (perturbed-attention guidance).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -31,6 +35,8 @@ from imagen_kit.errors import KitError, unknown
 # Process-wide. torch.compile guards on them, so a compiled model follows a switch by compiling once more.
 _active = "sdpa"
 _recorder: Callable[[Tensor], None] | None = None
+# Samples answered with their own values, by thread; empty (and no more than a guard) unless guidance asks.
+_own: dict[int, list[Own]] = {}
 
 
 def attention(
@@ -63,8 +69,10 @@ def attention(
         if mask.ndim == 2:
             mask = mask[:, None, None, :]
     if name == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return _OTHERS[name](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        out = _OTHERS[name](q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _with_own(out, v) if _own else out
 
 
 def backends() -> list[str]:
@@ -108,6 +116,40 @@ def record_maps(keep: Callable[[Tensor], Tensor] | None = None) -> Iterator[list
             yield maps
     finally:
         _recorder = before
+
+
+@dataclass(eq=False)
+class Own:
+    """Samples whose attention maps are the identity, and how many calls have seen to that."""
+
+    rows: slice
+    calls: int = 0
+
+
+@contextmanager
+def own_values(rows: slice) -> Iterator[Own]:
+    """Attention maps of these samples are the identity inside the block, in this thread.
+
+    A query is answered with its own value. Where keys outnumber queries, those of the queries come last (as
+    where text tokens are joined in front of the picture's).
+    """
+    mine, own = _own.setdefault(get_ident(), []), Own(rows)
+    mine.append(own)
+    try:
+        yield own
+    finally:
+        mine.remove(own)
+        if not mine:
+            _own.pop(get_ident(), None)
+
+
+def _with_own(out: Tensor, v: Tensor) -> Tensor:
+    values = v[:, :, v.shape[2] - out.shape[2] :]
+    for own in _own.get(get_ident(), ()):
+        start, stop, _ = own.rows.indices(len(out))
+        out = torch.cat([out[:start], values[start:stop], out[stop:]])
+        own.calls += 1
+    return out
 
 
 @cache

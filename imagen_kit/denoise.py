@@ -5,7 +5,9 @@ Axes: b batch, c h w pictures, m branches (cond, uncond, ...) evaluated together
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +16,21 @@ from torch import Tensor
 from imagen_kit import prediction as predictions
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
-from imagen_kit.guidance.base import COND, Branch, Guidance, Network, Step, stack
+from imagen_kit.guidance.base import (
+    COND,
+    Branch,
+    Conditioning,
+    Generators,
+    Guidance,
+    Network,
+    acting,
+    branches,
+    require,
+    stack,
+)
+from imagen_kit.guidance.step import Step, Times
 
-Conditioning = Cond | Tensor
+EXECUTIONS = ("batched", "split")
 
 
 def denoise_fn(
@@ -28,6 +42,8 @@ def denoise_fn(
     uncond: Conditioning | None = None,
     guidance: Guidance | Sequence[Guidance] | float = (),
     others: Mapping[str, Conditioning] | None = None,
+    networks: Mapping[str, Network] | None = None,
+    execution: str = "batched",
     sigma_data: float = 0.5,
     clip: float | None = None,
     dtype: torch.dtype | None = None,
@@ -44,6 +60,10 @@ def denoise_fn(
         uncond: the same for the unconditional (or negative) branch.
         guidance: a strategy, several in the order they act, or a number (CFG at that scale).
         others: further conditionings by name, for strategies that ask for them.
+        networks: further networks by name, for strategies that ask for them (autoguidance); each is called
+            like ``network`` and says the same prediction.
+        execution: ``batched``: all that a network must answer at a time is one call of m·b samples;
+            ``split``: a call for each branch, which needs less memory. The result is the same.
         sigma_data: spread of the data, for ``edm``.
         clip: bound of |x0|; None leaves it free.
         dtype: dtype the network is fed with; None = that of x.
@@ -52,8 +72,11 @@ def denoise_fn(
         ``denoise(x, t)``: (b, c, h, w) prediction of x0 in x's dtype; t is a float, or a tensor () or (b,).
 
     Raises:
-        KitError: unknown prediction; guidance needs a conditioning that was not given; clip not above 0.
+        KitError: unknown prediction or execution; guidance needs a conditioning or a network that was not
+            given, or layers that the network lacks; clip not above 0.
     """
+    if execution not in EXECUTIONS:
+        raise KitError(unknown("guidance execution", execution, EXECUTIONS))
     conds = {"cond": cond, "uncond": uncond, **(others or {})}
     return Denoise(
         network,
@@ -61,6 +84,8 @@ def denoise_fn(
         prediction,
         {name: value for name, value in conds.items() if value is not None},
         stack(guidance),
+        dict(networks or {}),
+        execution == "split",
         sigma_data,
         clip,
         dtype,
@@ -70,6 +95,7 @@ def denoise_fn(
 class Denoise:
     """See ``denoise_fn``. Holds no state that a call changes, apart from conditionings already joined.
 
+    What guidance keeps during a run (momentum, noise) is in the object that ``begin`` makes for that run.
     All coefficients are float64 numbers of the host: a call reads nothing back from the device.
     """
 
@@ -80,6 +106,8 @@ class Denoise:
         prediction: str,
         conds: dict[str, Conditioning],
         guidance: tuple[Guidance, ...],
+        networks: dict[str, Network],
+        split: bool,
         sigma_data: float,
         clip: float | None,
         dtype: torch.dtype | None,
@@ -90,84 +118,170 @@ class Denoise:
             raise KitError(f"clip must be above 0, got {clip!r}")
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.guidance, self.sigma_data, self.clip, self.dtype = guidance, sigma_data, clip, dtype
-        self.conds = conds
+        self.conds, self.networks, self.split = conds, networks, split
+        self.times: Times | None = None
         self._joined: dict[tuple[str, ...], Conditioning] = {}
         if conds and "cond" not in conds:
             raise KitError(f"the conditioning {', '.join(conds)} was given without 'cond'")
-        known = {COND.name: COND}
-        for strategy, branch in ((s, branch) for s in guidance for branch in s.needs):
-            who = f"guidance {type(strategy).__name__}"
-            if branch.cond not in conds and branch.cond != COND.cond:
-                given = ", ".join(conds) or "none"
-                raise KitError(f"{who} needs the conditioning {branch.cond!r}; given: {given}")
-            if known.setdefault(branch.name, branch) != branch:
-                raise KitError(f"{who} means another prediction by {branch.name!r} than a strategy before it")
+        self.branches = {COND.name: COND}
+        for strategy in guidance:
+            self._admit(strategy)
+
+    def _admit(self, strategy: Guidance) -> None:
+        """KitError where what the strategy needs is missing."""
+        require(strategy, self.conds, self.networks)
+        for branch in strategy.needs:
+            if self.branches.setdefault(branch.name, branch) != branch:
+                raise KitError(
+                    f"guidance {type(strategy).__name__} means another prediction by {branch.name!r} "
+                    "than a strategy before it"
+                )
+        strategy.fit(self.network)
+
+    def begin(
+        self,
+        times: Sequence[float] | Tensor | None = None,
+        generator: Generators | None = None,
+        parts: Sequence[str] = (),
+    ) -> Denoise:
+        """The same function for one sampling run, with a memory of its own; samplers call it.
+
+        Runs share nothing: two of them may be interleaved, and ``self`` stays as it was.
+
+        Args:
+            times: the run's grid of native times, noisiest first: n numbers, or (b, n).
+            generator: source of the noise that guidance draws (cads); a list holds one a sample, so that a
+                sample does not depend on its batch.
+            parts: the names that the sampler will ask ``parts`` for.
+
+        Raises:
+            KitError: guidance that is defined by where the noise comes from (cfg_pp), and a sampler that does
+                not take it from there.
+        """
+        for strategy in self.guidance:
+            if strategy.renoise is not None and strategy.renoise not in parts:
+                raise KitError(
+                    f"guidance {type(strategy).__name__} puts the noise back from {strategy.renoise!r}: "
+                    f"give it a sampler with the option renoise={strategy.renoise!r}, such as ddim"
+                )
+        run = copy.copy(self)
+        run.guidance = tuple(strategy.begin(generator) for strategy in self.guidance)
+        run.times = times if times is None or isinstance(times, Tensor) else tuple(times)
+        return run
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x0 predicted from x (b, c, h, w) at native time t: a float, or a tensor () or (b,)."""
-        step = self._step(x, t)
-        acting = [(s, when) for s in self.guidance if isinstance(when := s.active(step), Tensor) or when]
-        branches = list(dict.fromkeys([COND, *(branch for s, _ in acting for branch in s.needs)]))
-        work = torch.promote_types(x.dtype, torch.float32)
-        outputs = {name: raw.to(work) for name, raw in self._evaluate(x, step, branches)}
-        views = _Views(outputs, x.to(work), self, step)
-        guided, space, touched = outputs["cond"], self.prediction, False
-        for strategy, when in acting:
-            target = self.prediction if strategy.space == "raw" else strategy.space
-            view = views[target]
-            before = views.change(guided, space, target) if touched else view["cond"]
-            after = strategy.apply(before, view, step)
-            guided = torch.where(when, after, before) if isinstance(when, Tensor) else after
-            space, touched = target, True
-        x0 = views.change(guided, space, "x0")
-        if self.clip is not None:
-            x0 = x0.clamp(-self.clip, self.clip)
-        return x0.to(x.dtype)
+        return _Call(self, x, t).x0
 
-    def _step(self, x: Tensor, t: float | Tensor) -> Step:
+    def parts(self, x: Tensor, t: float | Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """The guided x0 and, for every name, the unguided x0 of that branch, (b, c, h, w) each in x's dtype.
+
+        Where no acting strategy reads a branch there is no guidance by it, and its part is the guided x0: it
+        costs no evaluation, and a sampler that uses it is the usual one. ``clip`` bounds the guided x0 only.
+
+        Raises:
+            KitError: a branch that no strategy reads at any time.
+        """
+        for name in names:
+            if name not in self.branches:
+                known = ", ".join(self.branches)
+                raise KitError(
+                    f"no guidance reads {name!r} (there is {known}); a sampler with renoise={name!r} needs a "
+                    "guided denoiser (guidance cfg or cfg_pp at a scale other than 1)"
+                )
+        call = _Call(self, x, t)
+        return (call.x0, *(call.part(name) for name in names))
+
+    def with_variance(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The guided x0 and the learned-range value v of the conditional branch, (b, c, h, w) each.
+
+        v in [-1, 1] is what the network says in the second half of its channels: the logarithm of the
+        variance is frac·log β + (1 − frac)·log β̃ with frac = (v + 1)/2 (Nichol & Dhariwal 2021, eq. 15).
+
+        Raises:
+            KitError: a network that says no variance.
+        """
+        call = _Call(self, x, t)
+        if call.variance is None:
+            raise KitError(
+                f"the network has no learned variance: it answers {x.shape[1]} channels, not {2 * x.shape[1]}"
+            )
+        return call.x0, call.variance
+
+    def step(self, x: Tensor, t: float | Tensor) -> Step:
+        """Where in the run (x, t) is; KitError for a tensor t of another batch."""
         if isinstance(t, Tensor):
             if t.shape not in ((), x.shape[:1]):
                 raise KitError(f"t has shape {tuple(t.shape)}; give one time, or one per sample: {len(x)}")
             t = t.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
-        return Step(t, *self.schedule.alpha_sigma(t))
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return Step(t, alpha, sigma, self.times)
 
-    def _evaluate(self, x: Tensor, step: Step, branches: list[Branch]) -> Iterator[tuple[str, Tensor]]:
-        """Raw outputs by branch name; branches through the same network are one call on a batch of m·b."""
+    def evaluate(
+        self, x: Tensor, step: Step, wanted: list[Branch], cond: Conditioning | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Raw outputs (b, c or 2c, h, w) by branch name.
+
+        Args:
+            cond: what the network is given as ``cond`` at this step.
+        """
         t, alpha, sigma = step.coefficients
         scaled, told = predictions.network_input(self.prediction, x, t, alpha, sigma, self.sigma_data)
         scaled = scaled.to(self.dtype or x.dtype)
-        groups: dict[Callable[[Network], Network] | None, list[Branch]] = {}
-        for branch in branches:
-            groups.setdefault(branch.through, []).append(branch)
-        for through, group in groups.items():
-            network = self.network if through is None else through(self.network)
+        for network, group in self._calls(wanted, len(x)):
             m = len(group)
             inputs = scaled.repeat(m, *(1,) * (x.ndim - 1)) if m > 1 else scaled
             time = _per_sample(told, len(x), x.device)
             arguments: list[Any] = [inputs, time.repeat(m) if m > 1 else time]
             if self.conds:
-                arguments.append(self._cond(tuple(branch.cond for branch in group), len(x)))
+                arguments.append(self._cond(tuple(branch.cond for branch in group), len(x), cond))
             output = network(*arguments)
-            yield from zip((b.name for b in group), self._means(output, x, m), strict=True)
+            self._check(output, x, m)
+            yield from zip((branch.name for branch in group), output.chunk(m), strict=True)
 
-    def _cond(self, names: tuple[str, ...], batch: int) -> Conditioning:
+    def _calls(self, wanted: list[Branch], batch: int) -> Iterator[tuple[Network, list[Branch]]]:
+        """Every network to call, and the branches that it answers, one after another along its batch."""
+        groups: dict[Any, list[Branch]] = {}
+        for branch in wanted:
+            by_rows = branch.through is None or hasattr(branch.through, "rows")
+            key = (branch.network, None if by_rows else branch.through, branch.name if self.split else None)
+            groups.setdefault(key, []).append(branch)
+        for (name, through, _), group in groups.items():
+            network = self.network if name is None else self.networks[name]
+            if through is not None:
+                network = through(network)
+            elif len(group) == 1 and group[0].through is not None:
+                network = group[0].through(network)
+            else:
+                for i, branch in enumerate(group):
+                    if branch.through is not None:
+                        network = branch.through.rows(network, slice(i * batch, (i + 1) * batch))  # type: ignore[attr-defined]
+            yield network, group
+
+    def _cond(self, names: tuple[str, ...], batch: int, cond: Conditioning | None) -> Conditioning:
+        if cond is not self.conds["cond"] and "cond" in names:  # another one at every step
+            assert cond is not None
+            return self._join(names, {**self.conds, "cond": cond}, batch)
         if names not in self._joined:
-            parts = [self.conds[name] for name in names]
-            for name, part in zip(names, parts, strict=True):
-                size = part.batch if isinstance(part, Cond) else len(part)
-                if size not in (None, batch):
-                    raise KitError(f"conditioning {name!r} is for {size} samples, but x holds {batch}")
-            self._joined[names] = parts[0] if len(parts) == 1 else _cat(names, parts)
+            self._joined[names] = self._join(names, self.conds, batch)
         return self._joined[names]
 
-    def _means(self, output: Tensor, x: Tensor, m: int) -> tuple[Tensor, ...]:
+    def _join(self, names: tuple[str, ...], conds: Mapping[str, Conditioning], batch: int) -> Conditioning:
+        parts = [conds[name] for name in names]
+        for name, part in zip(names, parts, strict=True):
+            size = part.batch if isinstance(part, Cond) else len(part)
+            if size not in (None, batch):
+                raise KitError(f"conditioning {name!r} is for {size} samples, but x holds {batch}")
+        return parts[0] if len(parts) == 1 else _cat(names, parts)
+
+    @staticmethod
+    def _check(output: Tensor, x: Tensor, m: int) -> None:
         b, c, *rest = x.shape
         if list(output.shape) not in ([m * b, c, *rest], [m * b, 2 * c, *rest]):
             raise KitError(
                 f"the network answered {tuple(output.shape)} to an input of {(m * b, c, *rest)}; "
                 f"it must keep the shape, or double the {c} channels (learned variance)"
             )
-        return output[:, :c].chunk(m)
 
     def between(self, step: Step, source: str, target: str) -> tuple[float | Tensor, float | Tensor]:
         """(p, q) with prediction ``target`` = p·x + q·(prediction ``source``), composed in float64.
@@ -187,20 +301,61 @@ class Denoise:
         return (a - a_) / b_, b / b_
 
 
-class _Views:
-    """The predictions of one call in every space, converted when asked for."""
+class _Call:
+    """One call: the branches evaluated, their views in every space, and the guided x0."""
 
-    def __init__(self, raw: dict[str, Tensor], x: Tensor, owner: Denoise, step: Step):
-        self._views = {owner.prediction: raw}
-        self._raw, self._x, self._owner, self._step = raw, x, owner, step
+    def __init__(self, owner: Denoise, x: Tensor, t: float | Tensor):
+        self._owner, self._dtype = owner, x.dtype
+        self._step = step = owner.step(x, t)
+        self._acting = acting(owner.guidance, step)
+        cond = owner.conds.get("cond")
+        for strategy, when in self._acting:
+            cond = strategy.condition(cond, _at(step, when))
+        wanted = branches(owner.guidance, step)
+        work = torch.promote_types(x.dtype, torch.float32)
+        outputs = dict(owner.evaluate(x, step, wanted, cond))
+        c = x.shape[1]
+        told = outputs["cond"]
+        self.variance = told[:, c:].to(work) if told.shape[1] == 2 * c else None
+        self._x = x.to(work)
+        self._views = {owner.prediction: {name: raw[:, :c].to(work) for name, raw in outputs.items()}}
+        x0 = self._guide()
+        self.x0 = (x0 if owner.clip is None else x0.clamp(-owner.clip, owner.clip)).to(x.dtype)
 
-    def __getitem__(self, space: str) -> dict[str, Tensor]:
+    def _guide(self) -> Tensor:
+        """x0 after all strategies, each in its own space."""
+        space, guided, touched = self._owner.prediction, self._view(self._owner.prediction)["cond"], False
+        for strategy, when in self._acting:
+            target = self._owner.prediction if strategy.space == "raw" else strategy.space
+            view = self._view(target)
+            before = self._change(guided, space, target) if touched else view["cond"]
+            after = strategy.apply(before, view, _at(self._step, when))
+            guided = torch.where(when, after, before) if isinstance(when, Tensor) else after
+            space, touched = target, True
+        return self._change(guided, space, "x0")
+
+    def part(self, name: str) -> Tensor:
+        """The unguided x0 of a branch; the guided one where no acting strategy reads it."""
+        reading = [
+            when for s, when in self._acting if name in (branch.name for branch in s.reads(self._step))
+        ]
+        if name != "cond" and not reading:
+            return self.x0
+        own = self._view("x0")[name].to(self._dtype)
+        if name == "cond" or any(not isinstance(when, Tensor) for when in reading):
+            return own
+        somewhere = torch.stack(torch.broadcast_tensors(*reading)).any(0)  # type: ignore[arg-type]
+        return torch.where(somewhere, own, self.x0)
+
+    def _view(self, space: str) -> dict[str, Tensor]:
+        """All branches in a space, converted when first asked for."""
         if space not in self._views:
             source = self._owner.prediction
-            self._views[space] = {k: self.change(v, source, space) for k, v in self._raw.items()}
+            raw = self._views[source]
+            self._views[space] = {name: self._change(value, source, space) for name, value in raw.items()}
         return self._views[space]
 
-    def change(self, value: Tensor, source: str, target: str) -> Tensor:
+    def _change(self, value: Tensor, source: str, target: str) -> Tensor:
         """``value`` taken from one space to another."""
         if source == target:
             return value
@@ -209,6 +364,11 @@ class _Views:
             for c in self._owner.between(self._step, source, target)
         )
         return p * self._x + q * value
+
+
+def _at(step: Step, when: bool | Tensor) -> Step:
+    """The step as a strategy sees it that acts there for some samples."""
+    return replace(step, where=when) if isinstance(when, Tensor) else step
 
 
 def _per_sample(told: float | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -13,71 +13,30 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imagen_kit import codecs, samplers
-from imagen_kit.cascade import augment_low_res, check_level
-from imagen_kit.codecs.base import Codec
+from imagen_kit import samplers
+from imagen_kit.cascade import augment_low_res
 from imagen_kit.conditioning import Cond
-from imagen_kit.denoise import denoise_fn
 from imagen_kit.errors import KitError, unknown
-from imagen_kit.guidance.base import Guidance, rescaled_stack, stack
+from imagen_kit.guidance.base import TEXT, Guidance, build, number, renoised, rescaled_stack, stack
 from imagen_kit.images import Images
+from imagen_kit.stage import Counted, Stage, check_count, denoiser, start
 
 Callback = Callable[[str, int, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One diffusion model of a cascade.
-
-    Attributes:
-        name: what it is called in settings, e.g. ``base``.
-        denoiser: ``denoiser(x, t, cond)``; from the second stage on it reads ``cond.low_res``.
-        schedule, prediction: what it was trained with.
-        sampler: a sampler.
-        size: side of its picture in pixels.
-        steps: sampler steps; None = the sampler's default.
-        guidance: strategies in the order they act.
-        codec: between pictures and what is diffused.
-        low_res_level: noise-conditioning augmentation in [0, 1], from the second stage on.
-        sigma_data: spread of the data, for ``edm``.
-    """
-
-    name: str
-    denoiser: nn.Module
-    schedule: Any
-    prediction: str
-    sampler: Any
-    size: int
-    steps: int | None = None
-    guidance: tuple[Guidance, ...] = ()
-    codec: Codec = field(default_factory=lambda: codecs.create("pixel"))
-    low_res_level: float = 0.0
-    sigma_data: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_level(self.low_res_level, f"low_res_level of stage {self.name!r}")
-        object.__setattr__(self, "guidance", stack(self.guidance))
-        object.__setattr__(self, "steps", check_steps(self.steps))
-        if self.size < 1 or self.size % self.codec.factor:
-            raise KitError(f"stage {self.name!r}: size {self.size} is not a multiple of {self.codec.factor}")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the denoiser computes in."""
-        return next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), torch.float32)
+Also = tuple[str | Sequence[str], float]
 
 
 class Pipeline:
     """Prompts to pictures.
 
     Args:
-        text_encoder: ``text_encoder(list[str]) -> TextEmbeddings``.
+        text_encoder: ``text_encoder(list[str]) -> TextEmbeddings``, or anything that answers with a ``Cond``
+            (``imagen_kit.labels.Labels``: prompts are classes).
         stages: the cascade, base first.
         unconditional: what CFG takes for "no text": ``empty`` = the encoding of "" (DeepFloyd IF and most
             since), ``zeros`` = embeddings of zero (Imagen). As the denoisers were trained.
@@ -110,7 +69,8 @@ class Pipeline:
             if isinstance(part, nn.Module):
                 part.to(device=device)
         for stage in self.stages:
-            stage.denoiser.to(device=device, dtype=dtype)
+            for module in stage.modules:
+                module.to(device=device, dtype=dtype)
         return self
 
     @torch.no_grad()
@@ -119,6 +79,7 @@ class Pipeline:
         prompts: str | Sequence[str],
         *,
         negative: str | Sequence[str] | None = None,
+        also: Sequence[Also] = (),
         seed: int | Sequence[int] = 0,
         num: int = 1,
         sampler: Any = None,
@@ -133,6 +94,9 @@ class Pipeline:
         Args:
             prompts: one or more texts.
             negative: what guidance leads away from in place of "no text": one text, or one a prompt.
+            also: further prompts with their weights: ``[("watercolour", 2.0)]``, each one text, or one a
+                prompt. They join in every guided stage: uncond + scale·(cond − uncond) + Σ weight·(prompt −
+                uncond); a negative weight leads away.
             seed: one number, or one a prompt; picture j of a prompt has seed + j.
             num: pictures a prompt.
             sampler: another sampler for the first stage (a name or an object), or ``{stage name: sampler}``.
@@ -147,33 +111,40 @@ class Pipeline:
             ``len(prompts)·num`` pictures, those of one prompt together.
 
         Raises:
-            KitError: an empty prompt, steps below 1, guidance that is not a number, an unknown stage or
-                sampler, a number of negatives or seeds that does not fit, pictures that are not finite.
+            KitError: an empty prompt, steps below 1, guidance that is not a number, that reads what the
+                stage has not, or that does not fit its sampler, an unknown stage or sampler, a number of
+                negatives or seeds that does not fit, pictures that are not finite.
         """
         texts = _texts(prompts, "prompt")
         away = _per_prompt(_texts(negative or "", "negative", may_be_empty=True), texts, "negative")
-        _check_count(num, "num")
-        _check_count(batch_size, "batch_size", optional=True)
+        check_count(num, "num")
+        check_count(batch_size, "batch_size", optional=True)
         seeds = [s + j for s in _seeds(seed, texts) for j in range(num)]
-        stages = self._settings(sampler, steps, guidance)
+        further = _weighted(also, texts)
+        stages = self._settings(sampler, steps, guidance, further)
+        for stage in stages:
+            stage.require(["cond", "uncond", "null", *(name for name, _, _ in further)])
         # traced before any text is encoded: a sampler that does not fit its schedule is told at once
-        tableaus = [stage.sampler.tableau(stage.schedule, stage.steps) for stage in stages]
+        starts = [start(stage) for stage in stages]
         owner = torch.arange(len(texts), device=self.device).repeat_interleave(num)
-        conds = {name: cond[owner] for name, cond in self._encode(texts, away, stages).items()}
+        rows = {"uncond": away, **{name: row for name, row, _ in further}}
+        conds = {name: cond[owner] for name, cond in self._encode(texts, rows, stages).items()}
         size = batch_size or len(seeds)
         batches = [slice(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
-        total = len(batches) * sum(tableau.nfe for tableau in tableaus) if progress else 0
-        plan = [(stage, tableau.prior_std) for stage, tableau in zip(stages, tableaus, strict=True)]
+        total = len(batches) * sum(calls for _, calls in starts) if progress else 0
+        plan = [(stage, spread) for stage, (spread, _) in zip(stages, starts, strict=True)]
         pictures = []
-        with _bar(total) as tick, _evaluating([stage.denoiser for stage in stages]):
+        with _bar(total) as tick, _evaluating([module for stage in stages for module in stage.modules]):
             for part in batches:
                 here = {name: cond[part] for name, cond in conds.items()}
                 pictures.append(self._run(plan, here, seeds[part], tick, callback))
         names = [text for text in texts for _ in range(num)]
         return Images(torch.cat(pictures).add(1).div(2), names, seeds)
 
-    def _settings(self, sampler: Any, steps: Any, guidance: Any) -> list[Stage]:
-        """The stages with this call's settings."""
+    def _settings(
+        self, sampler: Any, steps: Any, guidance: Any, further: list[tuple[str, list[str], float]]
+    ) -> list[Stage]:
+        """The stages with this call's settings, and with samplers that renoise as guidance asks for."""
         stages = list(self.stages)
         for i, name in self._chosen(sampler):
             stages[i] = replace(stages[i], sampler=name if hasattr(name, "sample") else samplers.create(name))
@@ -183,7 +154,15 @@ class Pipeline:
             many = isinstance(wanted, Guidance | Sequence) and not isinstance(wanted, str)
             new = stack(wanted) if many else rescaled_stack(stages[i].guidance, wanted)
             stages[i] = replace(stages[i], guidance=new)
-        return stages
+        if further:
+            joined = build({"name": "compose", "weights": {name: weight for name, _, weight in further}})
+            if not any(stage.reads for stage in stages):
+                raise KitError("further prompts act through guidance; give a guidance scale other than 1")
+            stages = [
+                replace(stage, guidance=(joined, *stage.guidance)) if stage.reads else stage
+                for stage in stages
+            ]
+        return [replace(stage, sampler=renoised(stage.sampler, stage.guidance)) for stage in stages]
 
     def _chosen(self, setting: Any) -> list[tuple[int, Any]]:
         """(stage index, value) of a setting for the first stage or by stage name."""
@@ -197,17 +176,27 @@ class Pipeline:
                 raise KitError(unknown("stage", name, index))
         return [(index[name], value) for name, value in setting.items()]
 
-    def _encode(self, texts: list[str], away: list[str], stages: list[Stage]) -> dict[str, Cond]:
-        """Conditionings with one row a prompt; a text is encoded once, and only if some stage reads it."""
-        read = {branch.cond for stage in stages for strategy in stage.guidance for branch in strategy.needs}
-        if any(away) and "uncond" not in read:
+    def _encode(self, texts: list[str], rows: dict[str, list[str]], stages: list[Stage]) -> dict[str, Cond]:
+        """Conditionings with one row a prompt; a text is encoded once, and only if some stage reads it.
+
+        Args:
+            texts: the prompts.
+            rows: the texts of other conditionings, one a prompt. ``null`` and ``text:...`` are known.
+        """
+        read = set().union(*(stage.reads for stage in stages))
+        if any(rows["uncond"]) and "uncond" not in read:
             raise KitError("a negative prompt acts through guidance; give a guidance scale other than 1")
-        rows = {"cond": texts, "uncond": away, "null": [""] * len(texts)}
+        rows = {"cond": texts, "null": [""] * len(texts), **rows}
+        rows |= {
+            name: [name.removeprefix(TEXT)] * len(texts) for name in sorted(read) if name.startswith(TEXT)
+        }
         rows = {name: row for name, row in rows.items() if name == "cond" or name in read}
         unique = list(dict.fromkeys(itertools.chain.from_iterable(rows.values())))
         place = {text: i for i, text in enumerate(unique)}
         found = self.text_encoder(unique)
-        every = Cond(found.tokens, found.mask, found.pooled).to(self.device)
+        if not isinstance(found, Cond):
+            found = Cond(found.tokens, found.mask, found.pooled)
+        every = found.to(self.device)
         if self.unconditional == "zeros" and "" in place:
             blank = torch.tensor([place[""]], device=self.device)
             tokens, pooled = (
@@ -240,7 +229,10 @@ class Pipeline:
                 low_res = augment_low_res(picture, side, stage.low_res_level, aux).to(stage.dtype)
                 level = torch.full((len(seeds),), stage.low_res_level, device=self.device)
                 here = {n: replace(c, low_res=low_res, low_res_level=level) for n, c in here.items()}
-            latents = self._sample(stage, x, here, draw, tick, callback)
+            here = {name: _told(cond, stage.told) for name, cond in here.items()}
+            drawing = [torch.Generator().manual_seed(derive_seed(seed, i, "guidance")) for seed in seeds]
+            denoise = Counted(denoiser(stage, here), drawing, tick)
+            latents = self._sample(stage, x, denoise, draw, callback)
             picture = stage.codec.decode(latents).float()
             if not torch.isfinite(picture).all():
                 raise KitError(f"stage {stage.name!r} gave values that are not finite (in {stage.dtype})")
@@ -252,54 +244,37 @@ class Pipeline:
         self,
         stage: Stage,
         x: Tensor,
-        conds: dict[str, Cond],
+        denoise: Counted,
         draw: Callable[[], Tensor],
-        tick: Callable[[], None],
         callback: Callback | None,
     ) -> Tensor:
         """Latents (b, c, h, w) of one stage from its starting noise."""
-        denoise = denoise_fn(
-            stage.denoiser,
-            stage.schedule,
-            stage.prediction,
-            cond=conds["cond"],
-            uncond=conds.get("uncond"),
-            others={name: cond for name, cond in conds.items() if name not in ("cond", "uncond")},
-            guidance=stage.guidance,
-            sigma_data=stage.sigma_data,
-            dtype=stage.dtype,
-        )
-
-        def counted(x: Tensor, t: float | Tensor) -> Tensor:
-            x0 = denoise(x, t)
-            tick()
-            return x0
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             assert callback is not None
             callback(stage.name, step, x, x0)
 
         return stage.sampler.sample(
-            counted, x, stage.schedule, stage.steps, noise=draw, callback=report if callback else None
+            denoise, x, stage.schedule, stage.steps, noise=draw, callback=report if callback else None
         )
 
 
-def derive_seed(seed: int, stage: int) -> int:
-    """A seed for one stage of one picture: 63 bits of SHA-256, so that no two are related."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{stage}".encode()).digest()[:8], "big") >> 1
+def derive_seed(seed: int, stage: int, purpose: str = "") -> int:
+    """A seed for one stage of one picture (and purpose): 63 bits of SHA-256, so that no two are related."""
+    told = f"{seed}:{stage}" + (f":{purpose}" if purpose else "")
+    return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") >> 1
 
 
-def check_steps(steps: object) -> int | None:
-    """Sampler steps, or None for the sampler's default; KitError unless a whole number of at least 1."""
-    _check_count(steps, "steps", optional=True)
-    return steps  # type: ignore[return-value]
-
-
-def _check_count(value: object, what: str, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise KitError(f"{what} must be a whole number of at least 1, got {value!r}")
+def _told(cond: Cond, told: Mapping[str, Any]) -> Cond:
+    """``cond`` with the stage's numbers, the same for every picture."""
+    batch, tokens = cond.batch, next(v for v in (cond.tokens, cond.labels) if v is not None)
+    rows = {
+        name: torch.tensor(value, dtype=torch.float32, device=tokens.device).expand(
+            *(batch, *([len(value)] if isinstance(value, Sequence) else []))
+        )
+        for name, value in told.items()
+    }
+    return replace(cond, **rows) if rows else cond
 
 
 def _texts(texts: str | Sequence[str], what: str, may_be_empty: bool = False) -> list[str]:
@@ -320,6 +295,17 @@ def _per_prompt(values: list[Any], texts: list[str], what: str) -> list[Any]:
     if len(values) != len(texts):
         raise KitError(f"{len(values)} values of {what} for {len(texts)} prompts; give one, or one a prompt")
     return values
+
+
+def _weighted(also: Sequence[Also], texts: list[str]) -> list[tuple[str, list[str], float]]:
+    """(name, texts one a prompt, weight) of every further prompt."""
+    found = []
+    for i, item in enumerate(also):
+        if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
+            raise KitError(f"a further prompt is a pair (text, weight), got {item!r}")
+        rows = _per_prompt(_texts(item[0], "further prompt"), texts, "further prompts")
+        found.append((f"also{i}", rows, number(item[1], f"weight of further prompt {i + 1}")))
+    return found
 
 
 def _seeds(seed: int | Sequence[int], texts: list[str]) -> list[int]:

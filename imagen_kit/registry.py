@@ -12,13 +12,15 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from imagen_kit.errors import KitError, nearest, unknown
 
 T = TypeVar("T", bound=Callable[..., Any])
+#: Names that parts have elsewhere → (our name, the options that make it that part).
+Aliases = Mapping[str, tuple[str, dict[str, Any]]]
 
 
 class Registry:
@@ -27,11 +29,13 @@ class Registry:
     Args:
         kind: singular noun for messages, e.g. ``"sampler"``.
         package: dotted name of the package whose modules define the parts.
+        aliases: () -> what further names stand for; asked when a name is not registered.
     """
 
-    def __init__(self, kind: str, package: str):
+    def __init__(self, kind: str, package: str, aliases: Callable[[], Aliases] = dict):
         self.kind = kind
         self.package = package
+        self._aliases = aliases
         self._factories: dict[str, Callable[..., Any]] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._discovered = False
@@ -61,27 +65,41 @@ class Registry:
         return add
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The class or function registered under ``name``; KitError with the nearest name otherwise."""
+        """The class or function of the part ``name``; KitError with the nearest name otherwise."""
+        return self._factories[self.resolve(name)[0]]
+
+    def resolve(self, name: str) -> tuple[str, dict[str, Any]]:
+        """(registered name, options it implies) of a name or an alias; KitError with the nearest otherwise.
+
+        A registered name implies no options. Aliases are found whatever the case of their letters.
+        """
         self._discover()
-        if not isinstance(name, str) or name not in self._factories:
-            raise KitError(unknown(self.kind, name, self._factories))
-        return self._factories[name]
+        if isinstance(name, str) and name in self._factories:
+            return name, {}
+        aliases = self._aliases()
+        if isinstance(name, str):
+            found = aliases.get(name) or aliases.get({k.lower(): k for k in aliases}.get(name.lower(), ""))
+            if found:
+                return found[0], dict(found[1])
+        every = [*self._factories, *aliases]
+        raise KitError(unknown(self.kind, name, every if nearest(name, every) else self._factories))
 
     def create(self, name: str, **config: Any) -> Any:
-        """Build the part ``name`` from flat keyword arguments.
+        """Build the part ``name`` from flat keyword arguments, which go before those an alias implies.
 
         Raises:
             KitError: unknown name, unknown or missing argument (with the nearest valid one).
         """
-        factory = self.get(name)
+        known, implied = self.resolve(name)
         fault = self.check(name, config)
         if fault:
             raise KitError(fault[0])
-        return factory(**config)
+        return self._factories[known](**{**implied, **config})
 
     def check(self, name: str, config: dict[str, Any]) -> list[str]:
         """What is wrong with the argument names of ``config`` for ``name``, as plain lines; [] when right."""
-        parameters = inspect.signature(self.get(name)).parameters
+        known, implied = self.resolve(name)
+        parameters = inspect.signature(self._factories[known]).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return []
         lines = []
@@ -92,20 +110,24 @@ class Registry:
                 lines.append(f"{self.kind} {name!r} has no option {key!r}; {hint}")
         for key, parameter in parameters.items():
             needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
-            if needed and key not in config:
+            if needed and key not in config and key not in implied:
                 lines.append(f"{self.kind} {name!r} needs the option {key!r}")
         return lines
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Registered names matching a shell pattern, sorted."""
+        """Registered names matching a shell pattern, sorted; no aliases."""
         self._discover()
         return sorted(fnmatch.filter(self._factories, pattern))
 
     def describe(self, name: str) -> dict[str, Any]:
-        """``name``, ``kind``, ``summary`` (docstring's first line), ``module``, ``options`` and facts."""
-        factory = self.get(name)
+        """``name``, ``kind``, ``summary`` (docstring's first line), ``module``, ``options`` and facts.
+
+        An alias is described by the part it stands for, with the options it implies in place of the defaults.
+        """
+        name, implied = self.resolve(name)
+        factory = self._factories[name]
         options = {
-            key: None if p.default is p.empty else p.default
+            key: implied.get(key, None if p.default is p.empty else p.default)
             for key, p in inspect.signature(factory).parameters.items()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imagen_kit import attention as module
-from imagen_kit.attention import attention, backends, record_maps, set_backend, use_backend
+from imagen_kit.attention import attention, backends, own_values, record_maps, set_backend, use_backend
 from imagen_kit.errors import KitError
 
 B, A, N, M, D = 2, 3, 5, 7, 16
@@ -206,6 +206,22 @@ def test_compiled_models_follow_a_switch():
         with use_backend(backend):
             torch.testing.assert_close(run(q, k, v, mask), want, atol=1e-12, rtol=0)
         assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex"])
+def test_own_values_make_the_map_the_identity_for_chosen_samples(backend):
+    q, k, v = inputs()
+    mask = torch.ones(B, M, dtype=torch.bool)
+    mask[:, -1] = False  # own values do not go by the mask
+    plain = attention(q, k, v, mask, backend=backend)
+    with own_values(slice(1, 2)) as own:
+        got = attention(q, k, v, mask, backend=backend)
+        with own_values(slice(0, 1)):
+            assert torch.equal(attention(q, k, v, mask, backend=backend), v[:, :, M - N :])
+    assert own.calls == 2
+    assert torch.equal(got[0], plain[0])
+    assert torch.equal(got[1], v[1, :, M - N :])  # the queries' own keys come last
+    assert torch.equal(attention(q, k, v, mask, backend=backend), plain)
 
 
 @pytest.mark.gpu

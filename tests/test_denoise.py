@@ -265,3 +265,87 @@ def test_a_space_that_does_not_exist_at_this_time_is_said():
     denoise = denoise_fn(Recorder(), FLOW, "flow", cond=text(2, 1.0), uncond=text(2, 0.0), guidance=sharp)
     with pytest.raises(KitError, match=r"'eps' is undefined at t=0\.0"):
         denoise(torch.randn(2, 3, 4, 4), 0.0)
+
+
+def test_parts_are_the_unguided_predictions_of_the_branches():
+    net, x = Recorder(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    cond, uncond = (torch.randn(2, 5, dtype=torch.float64) for _ in range(2))
+    denoise = denoise_fn(net, FLOW, "flow", cond=cond, uncond=uncond, guidance=3.0, clip=0.5)
+    x0, free, told = denoise.parts(x, 0.5, ("uncond", "cond"))
+    assert net.sizes == [4]
+    assert torch.equal(x0, denoise(x, 0.5))
+    alone = [denoise_fn(Recorder(), FLOW, "flow", cond=c)(x, 0.5) for c in (uncond, cond)]
+    assert torch.allclose(free, alone[0], atol=1e-13)  # rounding
+    assert torch.allclose(told, alone[1], atol=1e-13)
+    assert denoise.parts(x.bfloat16(), 0.5, ("uncond",))[1].dtype == torch.bfloat16
+
+
+def test_where_no_guidance_acts_its_part_is_the_prediction_itself():
+    net, x = Recorder(), torch.randn(2, 3, 4, 4)
+    cond, uncond = torch.randn(2, 5), torch.randn(2, 5)
+    limited = guidance.create("cfg", scale=3.0, interval=(2.0, 5.0))
+    denoise = denoise_fn(net, FLOW, "flow", cond=cond, uncond=uncond, guidance=limited)
+    x0, free = denoise.parts(x, 0.5, ("uncond",))
+    assert free is x0
+    assert net.sizes == [2]
+    with pytest.raises(KitError, match=r"no guidance reads 'uncond'.*guidance cfg or cfg_pp"):
+        denoise_fn(net, FLOW, "flow", cond=cond, uncond=uncond, guidance=1.0).parts(x, 0.5, ("uncond",))
+
+
+def test_the_learned_variance_is_that_of_the_conditional_branch():
+    x, cond, uncond = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+
+    def network(x, t, cond):
+        return torch.cat([x * cond, torch.tanh(x + cond)], 1)
+
+    denoise = denoise_fn(network, LINEAR, "v", cond=cond, uncond=uncond, guidance=3.0)
+    x0, v = denoise.with_variance(x, 500.0)
+    assert torch.equal(x0, denoise(x, 500.0))
+    assert torch.equal(v, torch.tanh(x + cond))
+    with pytest.raises(KitError, match="no learned variance: it answers 3 channels, not 6"):
+        denoise_fn(Recorder(), LINEAR).with_variance(x, 500.0)
+
+
+def test_one_batched_call_or_a_call_for_each_branch():
+    net, weak, x = Recorder(), Recorder(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    c, u, o = (torch.randn(2, 5, dtype=torch.float64) for _ in range(3))
+    stack = [2.0, Away(), guidance.create("autoguidance", scale=2.0)]
+    options = {"cond": c, "uncond": u, "others": {"other": o}, "networks": {"weak": weak}, "guidance": stack}
+    together = denoise_fn(net, FLOW, "x0", **options)(x, 0.5)
+    apart = denoise_fn(net, FLOW, "x0", execution="split", **options)(x, 0.5)
+    assert (net.sizes, weak.sizes) == ([6, 2, 2, 2], [2, 2])
+    assert torch.allclose(apart, together, atol=1e-13)  # rounding
+    with pytest.raises(KitError, match="unknown guidance execution 'batch'; did you mean 'batched'"):
+        denoise_fn(net, FLOW, execution="batch")
+
+
+def test_a_run_is_a_copy_and_the_function_stays_as_it_was():
+    x = torch.randn(2, 3, 4, 4)
+    cond, uncond = torch.randn(2, 5), torch.randn(2, 5)
+    late = guidance.create("interval", of=3.0, low=0.6, by="progress")
+    denoise = denoise_fn(Recorder(), FLOW, "flow", cond=cond, uncond=uncond, guidance=late)
+    short, long = denoise.begin([0.9, 0.6, 0.3]), denoise.begin([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    guided = denoise_fn(Recorder(), FLOW, "flow", cond=cond, uncond=uncond, guidance=3.0)(x, 0.5)
+    assert torch.equal(short(x, 0.5), guided)  # two thirds of its steps are taken
+    assert torch.equal(long(x, 0.5), denoise_fn(Recorder(), FLOW, "flow", cond=cond)(x, 0.5))
+    with pytest.raises(KitError, match="needs the grid of the run"):
+        denoise(x, 0.5)
+
+
+def test_no_strategy_reads_anything_back_from_the_device():
+    # tensors of the meta device hold no values: any read-back raises
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    c, u, n = (torch.empty(2, 5, device="meta") for _ in range(3))
+    stack = [
+        guidance.create("scheduled", of={"name": "cfg_zero"}, shape="cosine"),
+        guidance.create("apg", momentum=-0.5, norm=2.0),
+        guidance.create("perp_neg"),
+        guidance.create("compose", weights={"null": 1.0}),
+        guidance.create("interval", of={"name": "cads"}, high=0.9, by="progress"),
+    ]
+    denoise = denoise_fn(Recorder(), FLOW, "v", cond=c, uncond=u, others={"null": n}, guidance=stack)
+    for times in ([0.9, 0.5, 0.1], torch.empty(2, 3, device="meta")):
+        run = denoise.begin(times, [torch.Generator() for _ in range(2)])
+        if isinstance(times, list):
+            assert run(x, 0.5).shape == x.shape
+        assert run(x, torch.empty(2, device="meta")).shape == x.shape

@@ -292,6 +292,27 @@ def test_callback_and_progress(capsys):
         ({"sampler": 3}, "unknown sampler '3'"),
         ({"steps": {"bass": 3}}, "unknown stage 'bass'; did you mean 'base'"),
         ({"negative": "x", "guidance": {"base": 1, "sr": 1}}, "give a guidance scale other than 1"),
+        (
+            {"also": [("x", 2.0)], "guidance": {"base": 1, "sr": ()}},
+            "further prompts act through guidance; give a guidance scale other than 1",
+        ),
+        ({"also": ["fog"]}, r"a further prompt is a pair \(text, weight\), got 'fog'"),
+        ({"also": [("fog", "much")]}, "weight of further prompt 1 must be a number"),
+        ({"also": [(" ", 1.0)]}, "further prompt 1 is empty"),
+        (
+            {"prompts": ["a", "b"], "also": [(["x", "y", "z"], 1.0)]},
+            "3 values of further prompts for 2 prompts",
+        ),
+        ({"guidance": guidance.create("autoguidance")}, "Autoguidance needs the network 'weak'; given: none"),
+        (
+            {"guidance": guidance.create("compose", weights={"fog": 1.0})},
+            "Compose needs the conditioning 'fog'",
+        ),
+        ({"guidance": guidance.create("pag", layers=0)}, "Tiny has no layer marked is_self_attention"),
+        (
+            {"guidance": guidance.create("cfg_pp"), "sampler": "heun"},
+            "cfg_pp needs a sampler with the option renoise, which 'heun' has not; choose from .*ddim",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(options, message):
@@ -330,3 +351,101 @@ def test_bad_stages_are_refused():
         Pipeline(Letters(), [base(), base()])
     with pytest.raises(KitError, match="unknown unconditional embedding 'zero'; did you mean 'zeros'"):
         Pipeline(Letters(), [base()], unconditional="zero")
+
+
+def test_further_prompts_join_with_their_weights():
+    pipeline = cascade()
+    plain = pipeline(["a", "b"]).tensor
+    # the prompt itself once more: its scale grows from 2 and 1.5 by 0.5
+    itself = pipeline(["a", "b"], also=[(["a", "b"], 0.5)]).tensor
+    assert same(itself, pipeline(["a", "b"], guidance={"base": 2.5, "sr": 2.0}).tensor)
+    pipeline = cascade()
+    mixed = pipeline(["a", "b"], also=[("fog", 1.0), ("rain", -0.5)], num=2)
+    assert pipeline.text_encoder.calls == [["a", "b", "", "fog", "rain"]]
+    assert [stage.denoiser.sizes for stage in pipeline.stages] == [[16] * 3, [16] * 2]
+    alone = cascade()("b", also=[("fog", 1.0), ("rain", -0.5)])
+    assert same(alone.tensor[0], mixed.tensor[2])
+    assert (mixed.tensor[2] - plain[1]).abs().max() > 1e-3
+
+
+def test_a_stage_without_guidance_stays_without():
+    pipeline = Pipeline(Letters(), [base(), upscaler(guidance=())])
+    pipeline("a", also=[("fog", 1.0)])
+    assert [stage.denoiser.sizes for stage in pipeline.stages] == [[3] * 3, [1] * 2]
+
+
+def test_guidance_may_name_texts():
+    fixed = guidance.create("compose", weights={"text:fog": 1.5})
+    pipeline = Pipeline(Letters(), [base(guidance=(guidance.create("cfg", scale=2.0), fixed))])
+    got = pipeline(["a", "b"])
+    assert pipeline.text_encoder.calls == [["a", "b", "", "fog"]]
+    asked = Pipeline(Letters(), [base()])(["a", "b"], also=[("fog", 1.5)])
+    assert same(got.tensor, asked.tensor)
+
+
+def test_perpendicular_negatives_lead_from_no_text():
+    strategy = guidance.create("perp_neg", scale=2.0, negatives=["uncond", "text:fog"])
+    pipeline = Pipeline(Letters(), [base()])
+    none = pipeline("a", guidance=strategy, negative="").tensor
+    assert pipeline.text_encoder.calls == [["a", "", "fog"]]
+    own = pipeline("a", guidance=guidance.create("perp_neg", scale=2.0), negative="a").tensor
+    assert same(own, pipeline("a").tensor)  # parallel to the prompt: there remains CFG
+    away = pipeline("a", guidance=strategy, negative="rain").tensor
+    assert (away - none).abs().max() > 1e-4
+
+
+def test_a_weak_network_comes_along():
+    weak = Tiny(7)
+    strategy = guidance.create("autoguidance", scale=2.0)
+    pipeline = Pipeline(Letters(), [base(guidance=(strategy,), networks={"weak": weak})])
+    weak.train()
+    got = pipeline("a")
+    assert torch.equal(got.tensor, pipeline("a").tensor)  # no dropout
+    assert (weak.training, weak.sizes) == (True, [1] * 6)
+    same_one = Pipeline(Letters(), [base(guidance=(strategy,), networks={"weak": Tiny(1)})])
+    unguided = Pipeline(Letters(), [base(guidance=())])("a").tensor
+    assert same(same_one("a").tensor, unguided)
+    assert not same(got.tensor, unguided)
+    assert (
+        next(pipeline.to(dtype=torch.bfloat16).stages[0].networks["weak"].parameters()).dtype
+        == torch.bfloat16
+    )
+
+
+def test_cfg_pp_sets_the_sampler():
+    strategy = guidance.create("cfg_pp", scale=0.6)
+    pipeline = Pipeline(Letters(), [base(guidance=(strategy,), sampler=samplers.create("ddim"))])
+    given = Pipeline(
+        Letters(), [base(guidance=(strategy,), sampler=samplers.create("ddim", renoise="uncond"))]
+    )
+    assert torch.equal(pipeline("a").tensor, given("a").tensor)
+    assert not same(pipeline("a").tensor, pipeline("a", guidance=guidance.create("cfg", scale=0.6)).tensor)
+    with pytest.raises(KitError, match=r"cfg_pp scale must be from 0 to 1, got 7\.5"):
+        pipeline("a", guidance=7.5)
+
+
+STACK = (
+    guidance.create("cads", noise=1.0),
+    guidance.create("apg", scale=3.0, momentum=-0.5, norm=2.0),
+    guidance.create("scheduled", of={"name": "cfg_zero", "scale": 2.0}, shape="oscillating", hold=1),
+)
+
+
+@pytest.mark.parametrize("execution", ["batched", "split"])
+def test_guidance_with_a_memory_depends_neither_on_batch_nor_place(execution):
+    pipeline = Pipeline(Letters(), [base(guidance=STACK), upscaler(guidance=STACK, execution=execution)])
+    prompts = ["a cat", "two dogs and a bird", "x"]
+    whole = pipeline(prompts, num=2, seed=7).tensor
+    for size in (1, 4):
+        assert same(pipeline(prompts, num=2, seed=7, batch_size=size).tensor, whole)
+    assert same(pipeline("two dogs and a bird", seed=8).tensor[0], whole[3])
+    assert not same(
+        whole, pipeline(prompts, num=2, seed=7, guidance={"base": STACK[1:], "sr": STACK[1:]}).tensor
+    )
+    split = Pipeline(Letters(), [base(guidance=STACK, execution="split"), upscaler(guidance=STACK)])
+    assert same(split(prompts, num=2, seed=7).tensor, whole)
+
+
+def test_a_wrong_execution_is_refused():
+    with pytest.raises(KitError, match="unknown guidance execution 'splitt'; did you mean 'split'"):
+        base(execution="splitt")

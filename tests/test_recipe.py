@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 
@@ -428,3 +429,107 @@ def test_a_plug_in_that_does_not_load_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(KitError, match=r"codec plug-in 'broken' .* does not load"):
         Registry("codec", "imagen_kit.codecs").names()
+
+
+# ---- guidance ----------------------------------------------------------------------------------------------
+
+ATTENTIVE = {"name": "unet", "levels": [{"channels": 32, "blocks": 1, "attention": True}]}
+
+
+def guided(*strategies, **stage):
+    """The tiny recipe with a stack of guidance, and other changes of its stage."""
+    return {**TINY, "stages": [{**TINY["stages"][0], **stage, "guidance": list(strategies)}]}
+
+
+@pytest.mark.parametrize(
+    ("recipe_", "path", "message"),
+    [
+        (guided({"name": "autoguidance"}), "guidance.0", "needs the network 'weak'; given: none"),
+        (
+            guided({"name": "perp_neg", "negatives": ["blurry"]}),
+            "guidance.0",
+            "'blurry'; given: .*null, or text: and",
+        ),
+        (
+            guided({"name": "compose", "weights": {"text: ": 1.0}}),
+            "guidance.0",
+            "'text:' must be followed by a text",
+        ),
+        (
+            guided({"name": "compose", "weights": {"text:fog": "much"}}),
+            "guidance.0.weights",
+            "must be a number",
+        ),
+        (
+            guided("cfg", {"name": "pag", "layers": "midle"}, denoiser=ATTENTIVE),
+            "guidance.1",
+            "did you mean 'middle'",
+        ),
+        (guided({"name": "slg", "layers": [99]}), "guidance.0", "slg: there is no layer 99; UNet has"),
+        (guided({"name": "cfg_pp"}, sampler="heun"), "guidance.0", "which 'heun' has not; choose from"),
+        (guided({"name": "interval", "of": {"name": "cfg_pp"}}, sampler="heun"), "guidance.0", "'heun'"),
+        (guided({"name": "scheduled", "of": {"name": "cfgg"}}), "guidance.0.of.name", "did you mean 'cfg'"),
+        (
+            guided({"name": "scheduled", "of": {"name": "cfg"}, "shape": "up"}),
+            "guidance.0",
+            "guidance scale schedule",
+        ),
+        (guided("cfg", execution="batch"), "execution", "did you mean 'batched'"),
+        (guided("cfg", networks={"weak": {"weights": "random"}}), "networks.weak.denoiser", "is missing"),
+        (
+            guided("cfg", networks={"weak": {"denoiser": "unett"}}),
+            "networks.weak.denoiser.name",
+            "did you mean 'unet'",
+        ),
+        (
+            guided("cfg", networks={"weak": {"denoiser": {"name": "unet", "head_dim": 7}}}),
+            "networks.weak.denoiser",
+            "head_dim 7 must divide",
+        ),
+    ],
+)
+def test_guidance_that_cannot_work_is_a_fault(write, recipe_, path, message):
+    found = faults(write(recipe_))
+    assert list(found) == [f"stages.0.{path}"]
+    assert re.search(message, found[f"stages.0.{path}"])
+
+
+def test_every_strategy_from_a_recipe(write):
+    stack = [
+        {"name": "cads"},
+        {"name": "scheduled", "of": {"name": "cfg", "scale": 5.0}, "shape": "oscillating", "hold": 1},
+        {"name": "interval", "of": {"name": "slg", "layers": ["middle.res"]}, "high": 0.5, "by": "progress"},
+        {"name": "cfg_zero", "scale": 2.0},
+        {"name": "apg", "scale": 2.0, "momentum": -0.5, "norm": 5.0},
+        {"name": "autoguidance", "scale": 1.5},
+        {"name": "pag", "layers": "middle"},
+        {"name": "perp_neg", "scale": 2.0, "negatives": ["uncond", "text:blurry"]},
+        {"name": "compose", "weights": {"text:watercolour": 1.0}},
+        {"name": "cfg_pp", "scale": 0.5},
+        "rescale",
+        "dynamic_threshold",
+        "static_threshold",
+    ]
+    weak = {"denoiser": {"name": "unet", "levels": [{"channels": 16, "blocks": 1}], "head_dim": 16}}
+    path = write(guided(*stack, denoiser=ATTENTIVE, networks={"weak": weak}, execution="split"))
+    pipeline = recipe.load(path).build()
+    images = pipeline(["a red star", "a dog"], also=[("snow", 0.5)], negative="dull")
+    assert torch.isfinite(images.tensor).all()
+    alone = pipeline("a dog", also=[("snow", 0.5)], negative="dull")
+    assert torch.allclose(alone.tensor[0], images.tensor[1], atol=1e-4)  # float32 through 13 strategies
+    assert sum(p.numel() for p in pipeline.stages[0].networks["weak"].parameters()) > 0
+
+
+def test_weights_of_further_networks(write, tmp_path):
+    weak = {"denoiser": dict(TINY["stages"][0]["denoiser"]), "weights": "weak.safetensors"}
+    path = write(guided({"name": "autoguidance"}, networks={"weak": weak}))
+    checked = recipe.load(path)
+    with pytest.raises(RecipeError, match=r"stages\.0\.networks\.weak\.weights"):
+        checked.build()
+    module = checked.build_stage_denoiser(0, weights=False, network="weak")
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, 0.25)
+    save_safetensors(tmp_path / "weak.safetensors", module.state_dict())
+    stage = checked.build().stages[0]
+    assert all((p == 0.25).all() for p in stage.networks["weak"].parameters())
+    assert not all((p == 0.25).all() for p in stage.denoiser.parameters())

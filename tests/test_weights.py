@@ -159,3 +159,13 @@ def test_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(KitError, match="cannot write"):
         weights.save_safetensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)})
+
+
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path):
+    """A header of 128 bytes (modulo 256) begins with a pickle's first byte, and is none."""
+    path, tensors = tmp_path / "w.safetensors", model().state_dict()
+    weights.save_safetensors(path, tensors, {"padding": ""})
+    missing = (0x80 - path.read_bytes()[0]) % 256
+    weights.save_safetensors(path, tensors, {"padding": "x" * missing})
+    assert path.read_bytes()[:1] == b"\x80"
+    assert weights.read_safetensors(path).keys() == tensors.keys()

@@ -14,6 +14,7 @@ import typer
 
 from imagen_kit import __version__
 from imagen_kit.cli.compare import compare
+from imagen_kit.cli.convert import convert
 from imagen_kit.cli.evaluate import evaluate
 from imagen_kit.cli.generate import generate
 from imagen_kit.cli.listing import list_parts
@@ -34,6 +35,7 @@ app.command("show")(show)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("compare")(compare)
+app.command("convert")(convert)
 
 
 def _version(wanted: bool) -> None:

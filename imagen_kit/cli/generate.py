@@ -34,6 +34,12 @@ def generate(
     ] = 0,
     num: Annotated[int, typer.Option("--num", help="Pictures a prompt.")] = 1,
     negative: Annotated[str | None, typer.Option("--negative", help="What guidance leads away from.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also", metavar="TEXT:WEIGHT", help="A further prompt and its weight, as often as wanted."
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Most pictures at a time.")] = None,
     device: common.DeviceOption = None,
     dtype: common.DtypeOption = "fp32",
@@ -57,15 +63,34 @@ def generate(
         if path.is_dir():
             raise KitError(f"cannot write {path}: it is a folder")
     scale = common.check_guidance(guidance)
+    further = [_weighted(text) for text in also or ()]
     checked = common.load_recipe(recipe, assignments, sampler, steps)
     where, precision = common.find_device(device), common.find_dtype(dtype)
     with common.working(f"loading {checked.name}"):
         pipeline = checked.build(where, precision)
     began = time.perf_counter()
     images = pipeline(
-        prompts, negative=negative, seed=seed, num=num, guidance=scale, batch_size=batch_size, progress=True
+        prompts,
+        negative=negative,
+        also=further,
+        seed=seed,
+        num=num,
+        guidance=scale,
+        batch_size=batch_size,
+        progress=True,
     )
     seconds = time.perf_counter() - began
     for path in images.save(output):
         typer.echo(path)
     typer.echo(f"{len(images)} picture{'s' * (len(images) != 1)} in {seconds:.1f} s", err=True)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """``watercolour:2`` as (text, weight)."""
+    prompt, colon, weight = text.rpartition(":")
+    try:
+        if colon and prompt.strip():
+            return prompt, float(weight)
+    except ValueError:
+        pass
+    raise KitError(f"--also must be TEXT:WEIGHT, such as 'watercolour:2', not {text!r}")

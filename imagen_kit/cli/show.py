@@ -1,13 +1,16 @@
-"""``imagen-kit show``: a recipe with its sizes and costs, a part with its options, a sampler's tableau."""
+"""``imagen-kit show``: a recipe with sizes and costs, a part with its options, a sampler's tableau, a checkpoint."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from imagen_kit.cli import common
 from imagen_kit.cli.listing import find_kind, registry_of
+from imagen_kit.cli.show_checkpoint import show_checkpoint
+from imagen_kit.cli.show_sampler import tableau_lines
 from imagen_kit.errors import KitError
 
 if TYPE_CHECKING:
@@ -16,32 +19,61 @@ if TYPE_CHECKING:
 
 def show(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|KIND", help="A recipe, or a kind of part such as sampler.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|KIND|checkpoint",
+            help="A recipe, a kind of part such as sampler, or a checkpoint.",
+        ),
     ],
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The part's name, after a kind.")
+        str | None,
+        typer.Argument(metavar="[NAME|PATH]", help="The part's name, after a kind; the checkpoint's path."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Print a sampler's tableau for this many steps.")
     ] = None,
+    nfe: Annotated[
+        int | None, typer.Option("--nfe", help="The same for this many network evaluations.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a sampler's tableau to a picture.")
+    ] = None,
     schedule: Annotated[str, typer.Option("--schedule", help="Schedule the tableau is made for.")] = "flow",
     assignments: common.SetOption = None,
 ) -> None:
-    """Show a recipe (parts, parameters, network evaluations), or one part (options, facts, tableau)."""
+    """Show a recipe (parts, parameters, network evaluations), one part (options, facts, tableau), or what a
+    checkpoint holds (format, size, parameters, FLOPs)."""
+    if target == "checkpoint":
+        if name is None:
+            raise KitError("show checkpoint: give the path of a file or folder")
+        show_checkpoint(name)
+        return
     if name is None:
+        _refuse("recipe", nfe=nfe, plot=plot)
         _print_recipe(common.load_recipe(target, assignments, steps=steps))
         return
     kind = find_kind(target)
     if kind == "recipes":
+        _refuse("recipe", nfe=nfe, plot=plot)
         _print_recipe(common.load_recipe(name, assignments, steps=steps))
         return
-    if assignments:
-        raise KitError("--set changes recipes; a part is shown as it is registered")
-    if steps is not None and kind != "samplers":
-        raise KitError(f"--steps goes with a sampler or a recipe, not with {target}")
-    _print_part(registry_of(kind).describe(name))
-    if steps is not None:
-        _print_tableau(name, steps, schedule)
+    if kind != "samplers":
+        _refuse(target, steps=steps, nfe=nfe, plot=plot)
+    facts = registry_of(kind).describe(name)
+    wanted = not (steps is None and nfe is None and plot is None)
+    if assignments and not wanted:
+        raise KitError("--set changes recipes, and samplers shown with --steps or --nfe")
+    lines = tableau_lines(name, steps, nfe, schedule, assignments or (), plot) if wanted else []
+    _print_part(facts)
+    for line in lines:
+        typer.echo(line)
+
+
+def _refuse(target: str, **options: Any) -> None:
+    """KitError for an option that only samplers have."""
+    for option, value in options.items():
+        if value is not None:
+            raise KitError(f"--{option} goes with a sampler, not with a {target}")
 
 
 def _print_part(facts: dict[str, Any]) -> None:
@@ -57,30 +89,17 @@ def _print_part(facts: dict[str, Any]) -> None:
         typer.echo(f"  {key:<{width}}  {value!r}")
 
 
-def _print_tableau(name: str, steps: int, schedule_name: str) -> None:
-    from imagen_kit import samplers, schedules
-
-    sampler, schedule = samplers.create(name), schedules.create(schedule_name)
-    try:
-        tableau = sampler.tableau(schedule, steps)
-    except (AttributeError, NotImplementedError):
-        raise KitError(f"sampler {name!r} is not linear, so it has no tableau") from None
-    typer.echo(
-        f"{steps} steps on schedule {schedule_name}: {tableau.nfe} network evaluations, "
-        f"order {tableau.order}, {len(tableau.rows)} rows"
-    )
-    for row in tableau.rows:
-        typer.echo(f"  {row}")
-
-
 def _print_recipe(recipe: Recipe) -> None:
+    from imagen_kit.cli.show_guidance import cost
+
     encoder, modules = _hollow(recipe)  # first: it may fail, and then nothing is printed
     typer.echo(f"{typer.style(recipe.name, bold=True)}: {recipe.spec.description}".rstrip(": "))
     typer.echo(f"text encoder  {_spoken(recipe.spec.text_encoder)}  {_size(encoder)}")
     total = 0
     for index, stage in enumerate(recipe.stages):
-        calls, passes = _cost(recipe, index)
-        total += calls * passes
+        parts = recipe.build_stage_parts(index)
+        spent = cost(parts["sampler"], parts["schedule"], stage.sampler.steps, parts["guidance"])
+        total += sum(spent.passes)
         weights = "random weights" if stage.weights == "random" else stage.weights
         typer.echo(f"stage {typer.style(stage.name, bold=True)}  {stage.size}×{stage.size} px, {weights}")
         typer.echo(f"  denoiser    {_spoken(stage.denoiser)}  {_size(modules[index])}")
@@ -90,8 +109,9 @@ def _print_recipe(recipe: Recipe) -> None:
         typer.echo(f"  guidance    {', '.join(map(_spoken, stage.guidance)) or 'none'}")
         if index:
             typer.echo(f"  low-res     noise level {stage.low_res_level:g}")
-        batch = f", each of {passes} pictures at once" if passes > 1 else ""
-        typer.echo(f"  evaluations {calls}{batch}")
+        for network, part in stage.networks.items():
+            typer.echo(f"  network     {network}: {_spoken(part.denoiser)}, {part.weights} weights")
+        typer.echo(f"  evaluations {spent}")
     if recipe.stages:
         typer.echo(f"network passes a picture: {total}")
 
@@ -110,18 +130,6 @@ def _hollow(recipe: Recipe) -> tuple[Any, list[Any]]:
         return encoder, [
             recipe.build_stage_denoiser(i, encoder, weights=False) for i in range(len(recipe.stages))
         ]
-
-
-def _cost(recipe: Recipe, index: int) -> tuple[int, int]:
-    """(network calls a picture, pictures in each call where all guidance acts)."""
-    parts, stage = recipe.build_stage_parts(index), recipe.stages[index]
-    sampler = parts["sampler"]
-    branches = {"cond"} | {branch.name for strategy in parts["guidance"] for branch in strategy.needs}
-    try:
-        calls = sampler.tableau(parts["schedule"], stage.sampler.steps).nfe
-    except (AttributeError, NotImplementedError):
-        calls = sampler.nfe(stage.sampler.steps)
-    return calls, len(branches)
 
 
 def _spoken(part: Part) -> str:

@@ -1,253 +1,366 @@
-"""Quality against cost of samplers on one model: which sampler, at how many network evaluations?
+"""Quality against cost: which sampler, at how many network evaluations, at which guidance?
 
-Every cell (sampler, number of steps) draws the same captions from the same noise. Measured are the judge's
-accuracy, the distance to the converged picture of that noise, network evaluations and seconds.
-Axes: b pictures, c h w.
+Every cell (sampler, steps, guidance scale, seed) draws the same captions from the same noise as the others of
+its seed. Measured are the distance to the converged result of that noise, distances to the data as
+distributions, the judge's accuracy; network evaluations, seconds and peak memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from imagen_kit.data.pocket import Scene, caption
-from imagen_kit.errors import KitError, unknown
-from imagen_kit.evaluation.drawing import GRID_OPTIONS, Drawn, draw, fingerprint, make_sampler
-from imagen_kit.evaluation.judge import Judge
+from imagen_kit.errors import KitError, nearest, unknown
+from imagen_kit.evaluation import report, spec, summary, thumbnails
+from imagen_kit.evaluation.drawing import Drawn
+from imagen_kit.evaluation.measures import Measures
 from imagen_kit.evaluation.plot import tradeoff
-from imagen_kit.evaluation.pocket import draw_scenes, summary
-from imagen_kit.evaluation.provenance import device_name, provenance, write_json
-from imagen_kit.files import replacing, require_writable
-from imagen_kit.pipeline import Pipeline, Stage
+from imagen_kit.evaluation.provenance import device_name, write_json
+from imagen_kit.evaluation.spec import Entry
+from imagen_kit.evaluation.store import RESULTS, Store, read
+from imagen_kit.evaluation.subjects import Subject, draws_noise, evaluations, exact_evaluations
+from imagen_kit.files import require_writable
 
-FORMAT = 1  # of results.json
-
-
-def rms(a: Tensor, b: Tensor) -> float:
-    """Root mean square difference of two batches of pictures in [0, 1], in the same units."""
-    return (a.double() - b.double()).square().mean().sqrt().item()
+BUDGETS = ("steps", "nfe")
+EXACT = "exact"
+THUMBNAILS = 4
 
 
-class Comparison:
-    """One results folder: what has been measured, and how to measure the rest.
+@dataclass(frozen=True)
+class Cell:
+    """One thing to draw. ``budget`` is the number that was asked for, of steps or of evaluations."""
 
-    Args:
-        pipeline: the model.
-        out: the folder.
-        settings: everything that must be equal for numbers to stand in one table.
-        scenes: what is drawn.
-        batch_size: pictures at a time.
-
-    Raises:
-        KitError: the folder holds results of other settings, or cannot be written.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        out: Path,
-        settings: dict[str, Any],
-        scenes: list[Scene],
-        batch_size: int | None,
-    ):
-        self.pipeline, self.out, self.scenes, self.batch_size = pipeline, out, scenes, batch_size
-        self.prompts = [caption(scene, settings["language"]) for scene in scenes]
-        self.seeds = [settings["seed"] + i for i in range(len(scenes))]
-        self.judge = Judge()
-        require_writable(out, folder=True)
-        self.results = self._resume(settings)
+    entry: Entry
+    steps: int
+    guidance: float | None
+    seed: int
+    budget: dict[str, int] = field(default_factory=dict, compare=False, hash=False)
 
     @property
-    def _file(self) -> Path:
-        return self.out / "results.json"
-
-    def _resume(self, settings: dict[str, Any]) -> dict[str, Any]:
-        fresh = {"format": FORMAT, "settings": settings, "reference": None, "cells": []}
-        if not self._file.exists():
-            return fresh
-        try:
-            old = json.loads(self._file.read_text(encoding="utf-8"))
-            before, cells = old["settings"], old["cells"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise KitError(f"{self._file} is not a comparison's results; choose another folder") from error
-        # through JSON, so that tuples and lists compare equal
-        now = json.loads(json.dumps(settings))
-        changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
-        if changed:
-            key = changed[0]
-            raise KitError(
-                f"{self._file} was made with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
-                "choose another folder, or delete it"
-            )
-        return {**fresh, "reference": old.get("reference"), "cells": cells}
-
-    def done(self, sampler: str, steps: int) -> bool:
-        """Has this cell been measured?"""
-        return any(cell["sampler"] == sampler and cell["steps"] == steps for cell in self.results["cells"])
-
-    def _draw(self, sampler: Any, steps: int, tick: Callable[[], None]) -> Drawn:
-        return draw(self.pipeline, self.prompts, self.seeds, sampler, steps, self.batch_size, tick)
-
-    def reference(self, sampler: Any, steps: int, tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """The converged pictures (first stage, final), drawn once and kept beside the results."""
-        file = self.out / "reference.safetensors"
-        if self.results["reference"] is not None and file.exists():
-            few = slice(self.batch_size)
-            draw(
-                self.pipeline, self.prompts[few], self.seeds[few], sampler, 1
-            )  # warms up, as the reference does
-            kept = load_file(file)
-            return kept["first"], kept["final"]
-        drawn = self._draw(sampler, steps, tick)
-        with replacing(file) as temporary:
-            save_file({"first": drawn.first.contiguous(), "final": drawn.final.contiguous()}, temporary)
-        self.results["reference"] = self._row(drawn)
-        self._save()
-        return drawn.first, drawn.final
-
-    def measure(
-        self, name: str, sampler: Any, steps: int, reference: tuple[Tensor, Tensor], tick: Callable[[], None]
-    ) -> None:
-        """Draw one cell and write the results at once, so that a stopped run loses one cell at most."""
-        drawn = self._draw(sampler, steps, tick)
-        cell = {
-            "sampler": name,
-            "steps": steps,
-            "order": getattr(sampler, "order", None),
-            "stochastic": bool(getattr(sampler, "stochastic", False)),
-            **self._row(drawn),
-            "rmse_first": rms(drawn.first, reference[0]),
-            "rmse_final": rms(drawn.final, reference[1]),
-        }
-        self.results["cells"].append(cell)
-        self._save()
-
-    def _row(self, drawn: Drawn) -> dict[str, Any]:
-        base = self.pipeline.stages[0].name
+    def key(self) -> dict[str, Any]:
         return {
-            "nfe": drawn.calls[base],
-            "nfe_all_stages": sum(drawn.calls.values()),
-            "evaluations_per_picture": drawn.rows[base],
-            "seconds": round(drawn.seconds, 4),
-            "seconds_per_picture": round(drawn.seconds / len(self.prompts), 5),
-            **summary(self.judge.score(drawn.final, self.scenes), self.scenes),
+            "sampler": self.entry.label,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
         }
-
-    def _save(self) -> None:
-        self.results["provenance"] = provenance(self.pipeline.device)
-        write_json(self._file, self.results)
 
 
 def run(
-    pipeline: Pipeline,
-    samplers: Sequence[str] | Mapping[str, Any],
-    steps: Sequence[int],
+    subject: Subject,
+    samplers: Sequence[Entry],
+    counts: Sequence[int],
     out: str | Path,
     *,
-    n: int = 50,
-    seed: int = 0,
-    split: str = "held_out",
-    language: str = "en",
     budget: str = "steps",
-    reference: tuple[str, int] = ("dpmpp_3m", 128),
-    batch_size: int | None = 50,
-    name: str = "",
+    guidance: Sequence[float | None] = (None,),
+    seeds: Sequence[int] = (0,),
+    reference: str | None = None,
+    measures: Measures | None = None,
+    shown: int = THUMBNAILS,
+    targets: Sequence[str] = (),
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compare samplers; write ``results.json``, ``tradeoff.png`` and ``reference.safetensors`` to a folder.
+    """Compare samplers; write ``results.json``, ``tradeoff.png`` and ``report.html`` to a folder.
 
-    Run again with the same settings it does only the cells that are missing, so samplers can be added later.
+    Run again with the same settings it does only the cells that are missing, so that samplers, budgets,
+    guidance scales and seeds can be added later. Results of other settings are never mixed in.
 
     Args:
-        pipeline: the model; its first stage's sampler is swapped, later stages keep theirs.
-        samplers: registered names, which keep the recipe's spacing; or label → sampler object.
-        steps: numbers of steps, or of network evaluations.
+        subject: the model or the analytic problem.
+        samplers: see ``spec.make_entries``.
+        counts: numbers of steps, or of network evaluations.
         out: the folder.
-        n, split, seed, language: which captions, as in ``pocket.evaluate``; picture i has seed ``seed + i``.
-        budget: what ``steps`` counts. ``nfe``: each sampler takes as many steps as need no more evaluations.
-        reference: (sampler, steps) whose pictures count as converged; a deterministic sampler of high order.
-        batch_size: pictures at a time; None = all.
-        name: the recipe's name, for the record.
+        budget: what ``counts`` counts. ``nfe``: each sampler takes as many steps as need no more evaluations;
+            a budget below one step of a sampler is left out for it and listed under ``skipped``.
+        guidance: scales of the first stage; None = the recipe's own guidance.
+        seeds: repetitions with other noise (and other captions).
+        reference: whose results count as converged: ``SAMPLER@STEPS``, or ``exact`` for an analytic problem;
+            None = the subject's own.
+        measures: what is measured; None = distances that need no features.
+        shown: thumbnails kept of every cell.
+        targets: ``QUALITY=VALUE`` that the concluding sentences are about; see ``summary.answers``.
         progress: show a bar over network calls.
 
     Returns:
-        The content of ``results.json``: ``settings``, ``reference``, ``cells`` and ``provenance``. A cell has
-        ``sampler``, ``steps``, ``nfe`` (calls of the first stage's network for a batch, counted at the
-        network), ``rmse_first`` and ``rmse_final`` (to the converged pictures, in [0, 1]), ``seconds``, and
-        ``accuracy`` by attribute.
+        The content of ``results.json``: ``settings``, ``qualities``, ``samplers``, ``references``, ``cells``,
+        ``answers``, ``skipped`` and ``provenance``. A cell has its ``sampler``, ``steps``, ``guidance``,
+        ``seed``, and ``nfe`` (calls of the first stage's network for a batch, counted at the network),
+        ``evaluations_per_picture``, ``seconds``, ``seconds_per_picture``, ``memory`` in bytes, one number for
+        each of ``qualities`` (``accuracy`` by attribute), and ``thumbnails``; or ``failed``, what the model
+        said in place of pictures.
 
     Raises:
-        KitError: an unknown sampler or one that does not fit, numbers below 1, a folder with other results.
+        KitError: an unknown sampler or one that does not fit, numbers below 1, a target that is no quality of
+            this comparison, a folder with other results.
     """
-    base = pipeline.stages[0]
-    named = (
-        samplers
-        if isinstance(samplers, Mapping)
-        else {label: make_sampler(base, label) for label in samplers}
-    )
-    cells = _plan(base, named, steps, budget)
+    measures = measures or Measures(subject)
+    method = _Method.parse(reference or subject.reference, subject)
+    cells, skipped = plan(subject, samplers, counts, budget, guidance, seeds)
+    qualities = measures.qualities()
+    summary.parse_targets(targets, qualities)
     settings = {
-        "recipe": name,
-        "model": fingerprint(pipeline),
-        "grid": {key: getattr(base.sampler, key) for key in GRID_OPTIONS if hasattr(base.sampler, key)},
-        "n": n,
-        "split": split,
-        "seed": seed,
-        "language": language,
-        "reference": list(reference),
-        "device": device_name(pipeline.device),
+        **subject.facts(),
+        "reference": method.text,
+        "device": device_name(subject.device),
+        **measures.facts(),
     }
-    work = Comparison(pipeline, Path(out), settings, draw_scenes(n, split, seed), batch_size)
-    best, best_steps = make_sampler(base, reference[0]), reference[1]
-    todo = [(label, count) for label, count in cells if not work.done(label, count)]
-    wanted = [(best, best_steps)] if work.results["reference"] is None else []
-    wanted += [(named[label], count) for label, count in todo]
-    later = sum(stage.sampler.tableau(stage.schedule, stage.steps).nfe for stage in pipeline.stages[1:])
-    batches = -(-n // (batch_size or n))
-    total = sum(sampler.tableau(base.schedule, count).nfe + later for sampler, count in wanted) * batches
-    with _bar(total if progress else 0) as tick:
-        if todo:
-            converged = work.reference(best, best_steps, tick)
-        for label, count in todo:
-            work.measure(label, named[label], count, converged, tick)
-    tradeoff(work.results, work.out / "tradeoff.png")
-    return work.results
+    store = Store(out, settings, subject.device)
+    for entry in samplers:
+        noisy = draws_noise(entry.sampler, subject.schedule)
+        store.add_sampler(entry.label, {**entry.facts, "stochastic": noisy})
+    store.content["qualities"], store.content["skipped"] = qualities, skipped
+    todo = [cell for cell in cells if not store.has(**cell.key)]
+    groups = list(dict.fromkeys((cell.seed, cell.guidance) for cell in todo))
+    total = sum(subject.calls(cell.entry.sampler, cell.steps) for cell in todo)
+    total += sum(method.calls for seed, scale in groups if store.converged(scale, seed) is None)
+    if todo:
+        measures.prepare()
+    work = _Work(subject, measures, method, store, shown)
+    with _bar(total if progress else 0) as bar:
+        for seed, scale in groups:
+            converged = work.converged(scale, seed, bar)
+            for cell in (c for c in todo if (c.seed, c.guidance) == (seed, scale)):
+                work.measure(cell, converged, bar)
+    return conclude(store.content, store.folder, targets)
 
 
-def _plan(
-    base: Stage, samplers: Mapping[str, Any], steps: Sequence[int], budget: str
-) -> list[tuple[str, int]]:
-    """(label, steps) of every cell, each sampler traced on the schedule so that a misfit is told at once."""
-    if budget not in ("steps", "nfe"):
-        raise KitError(unknown("budget", budget, ("steps", "nfe")))
-    if not samplers or not steps:
-        raise KitError("a comparison needs at least one sampler and one number of steps")
-    cells: list[tuple[str, int]] = []
-    for label, sampler in samplers.items():
-        for count in steps:
-            cell = (label, sampler.steps_for(count) if budget == "nfe" else count)
-            sampler.tableau(base.schedule, cell[1])
-            if cell not in cells:
-                cells.append(cell)
-    return cells
+def redraw(folder: str | Path, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """Make the plot, the page and the sentences of a folder again from its ``results.json`` alone.
+
+    Raises:
+        KitError: no results there, a target that is no quality of theirs, a folder that cannot be written.
+    """
+    results = read(folder)
+    summary.parse_targets(targets, results["qualities"])
+    require_writable(folder, folder=True, make=False)
+    return conclude(results, Path(folder), targets)
 
 
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over ``total`` network calls, or nothing when that is 0; yields its tick."""
+def conclude(results: dict[str, Any], folder: Path, targets: Sequence[str]) -> dict[str, Any]:
+    """Answer the targets and write all files of ``folder``."""
+    results["answers"] = summary.answers(results, targets)
+    write_json(folder / RESULTS, results)
+    tradeoff(results, folder / "tradeoff.png")
+    report.write(results, folder / "report.html")
+    return results
+
+
+def plan(
+    subject: Subject,
+    samplers: Sequence[Entry],
+    counts: Sequence[int],
+    budget: str,
+    guidance: Sequence[float | None],
+    seeds: Sequence[int],
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """Every cell once, seed by seed, and the budgets that are too small for a sampler.
+
+    Each sampler is traced on the schedule, so that a misfit is told at once.
+
+    Raises:
+        KitError: nothing to do, a number below 1, guidance for what cannot be guided, a sampler that does not
+            fit the schedule or cannot afford any budget.
+    """
+    if budget not in BUDGETS:
+        raise KitError(unknown("budget", budget, BUDGETS))
+    if not (samplers and counts and guidance and seeds):
+        raise KitError("a comparison needs at least one sampler, one budget, one guidance scale and one seed")
+    if any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in counts):
+        raise KitError(f"{budget} must be whole numbers of at least 1, not {', '.join(map(str, counts))}")
+    if any(scale is not None and not math.isfinite(scale) for scale in guidance):
+        raise KitError("guidance scales must be finite numbers")
+    if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
+        raise KitError(f"seeds must be whole numbers from 0, not {', '.join(map(str, seeds))}")
+    for entry in samplers:
+        for scale in guidance:
+            subject.check(entry.sampler, scale)
+    affordable: list[tuple[Entry, int, dict[str, int]]] = []
+    skipped: list[dict[str, Any]] = []
+    for entry in samplers:
+        for count in counts:
+            try:
+                steps = _steps(entry.sampler, subject.schedule, count, budget)
+                evaluations(entry.sampler, subject.schedule, steps)
+            except _TooDear as error:
+                skipped.append({"sampler": entry.label, "nfe": count, "why": str(error)})
+                continue
+            affordable.append((entry, steps, {budget: count}))
+    for entry in samplers:
+        if not any(known is entry for known, _, _ in affordable):
+            raise KitError(next(s["why"] for s in skipped if s["sampler"] == entry.label))
+    every = [
+        Cell(entry, steps, scale, seed, asked)
+        for seed in seeds
+        for scale in guidance
+        for entry, steps, asked in affordable
+    ]
+    return list(dict.fromkeys(every)), skipped
+
+
+class _TooDear(KitError):
+    """A budget below what one step takes."""
+
+
+def _steps(sampler: Any, schedule: Any, count: int, budget: str) -> int:
+    """The steps that a budget means for a sampler; _TooDear when it is below one step.
+
+    Raises:
+        KitError: a sampler that takes as many evaluations as it finds it needs.
+    """
+    if budget == "steps":
+        return count
+    least = exact_evaluations(sampler, schedule, 1)
+    if least > count:
+        raise _TooDear(
+            f"sampler {sampler.name!r} takes {least} evaluations for one step; --nfe {count} is less"
+        )
+    low, high = 1, count  # dearer follows dear, so the largest affordable number is found by halving
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            fits = exact_evaluations(sampler, schedule, middle) <= count
+        except KitError:  # more steps than the schedule has times
+            fits = False
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class _Method:
+    """How converged results are made: exactly, or by a sampler with many steps."""
+
+    text: str
+    calls: int
+    sampler: Any = None
+    steps: int = 0
+
+    @classmethod
+    def parse(cls, text: str, subject: Subject) -> _Method:
+        """From ``SAMPLER@STEPS`` or ``exact``."""
+        if text == EXACT:
+            if subject.pictures:
+                raise KitError("--reference: 'exact' is for analytic problems; give SAMPLER@STEPS")
+            return cls(text, 0)
+        name, at, steps = text.rpartition("@")
+        if not at or not steps.isdecimal() or int(steps) < 1:
+            guess = nearest(text, (EXACT,)) if not subject.pictures else None
+            hint = f"; did you mean {guess!r}?" if guess else ""
+            raise KitError(f"--reference must be SAMPLER@STEPS, e.g. dpmpp_3m@128, not {text!r}{hint}")
+        sampler = spec.create("sampler", name, subject.keep())
+        if draws_noise(sampler, subject.schedule):
+            raise KitError(f"--reference: {name!r} is stochastic and does not converge to one picture")
+        return cls(text, subject.calls(sampler, int(steps)), sampler, int(steps))
+
+
+class _Work:
+    """Draws cells and writes down what they are like."""
+
+    def __init__(self, subject: Subject, measures: Measures, method: _Method, store: Store, shown: int):
+        self.subject, self.measures, self.method, self.store, self.shown = (
+            subject,
+            measures,
+            method,
+            store,
+            shown,
+        )
+        self._warm = False
+
+    def converged(self, guidance: float | None, seed: int, bar: _Bar) -> Drawn:
+        """The converged results, drawn once and kept beside the others."""
+        kept = self.store.converged(guidance, seed)
+        if kept is not None:
+            return kept
+        bar.name(f"converged, seed {seed}" + ("" if guidance is None else f", guidance {guidance:g}"))
+        if self.method.sampler is None:
+            exact = self.subject.exact(seed)
+            assert exact is not None  # _Method.parse has seen to it
+            drawn = exact
+        else:
+            drawn = self.subject.draw(self.method.sampler, self.method.steps, guidance, seed, bar.tick)
+            self._warm = True
+        row = {
+            "steps": self.method.steps or None,
+            "captions": self.subject.texts(seed)[: self.shown],
+            **self._row(drawn, seed),
+            **self.measures.distribution(drawn),
+        }
+        self.store.add_converged(guidance, seed, drawn, row)
+        return drawn
+
+    def measure(self, cell: Cell, converged: Drawn, bar: _Bar) -> None:
+        """Draw one cell and write the results at once, so that a stopped run loses one cell at most."""
+        subject, sampler = self.subject, cell.entry.sampler
+        bar.name(f"{cell.entry.label}, {cell.steps} step{'s' * (cell.steps != 1)}")
+        if not self._warm:  # the first run of a process pays for what later ones find ready
+            subject.draw(sampler, 1, cell.guidance, cell.seed, lambda: None)
+            self._warm = True
+        row = {**cell.key, "budget": cell.budget}
+        try:
+            drawn = subject.draw(sampler, cell.steps, cell.guidance, cell.seed, bar.tick)
+        except KitError as error:  # values that are not finite: told, and the others go on
+            self.store.add({**row, "failed": str(error)})
+            return
+        self.store.add(
+            {
+                **row,
+                **self._row(drawn, cell.seed),
+                **self.measures.paired(drawn, converged),
+                **self.measures.distribution(drawn),
+            }
+        )
+
+    def _row(self, drawn: Drawn, seed: int) -> dict[str, Any]:
+        first = next(iter(drawn.calls), "")
+        return {
+            "nfe": drawn.calls.get(first),
+            "nfe_all_stages": sum(drawn.calls.values()) or None,
+            "evaluations_per_picture": drawn.rows.get(first),
+            "seconds": round(drawn.seconds, 4),
+            "seconds_per_picture": round(drawn.seconds / self.subject.n, 7),
+            "memory": drawn.memory,
+            **self.subject.judge(drawn, seed),
+            "thumbnails": thumbnails.strip(drawn.final, self.shown, self.subject.pictures),
+        }
+
+
+class _Bar(Protocol):
+    """What the work reports its progress to."""
+
+    def tick(self) -> None: ...
+    def name(self, what: str) -> None: ...
+
+
+class _Silent:
+    def tick(self) -> None:
+        pass
+
+    def name(self, what: str) -> None:
+        pass
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[_Bar]:
+    """A progress bar over ``total`` network calls, or nothing when that is 0."""
     if not total:
-        yield lambda: None
+        yield _Silent()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("comparing", total=total)
-        yield lambda: bar.advance(task)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task("comparing", total=total)
+
+        class Shown:
+            def tick(self) -> None:
+                shown.advance(task)
+
+            def name(self, what: str) -> None:
+                shown.update(task, description=what)
+
+        yield Shown()

@@ -9,17 +9,14 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imagen_kit import samplers as registry
-from imagen_kit.pipeline import Pipeline, Stage
-
-GRID_OPTIONS = ("spacing", "final", "offset", "rho")
-"""Options of a recipe's sampler that a swapped one keeps."""
+from imagen_kit.evaluation.memory import PeakMemory
+from imagen_kit.pipeline import Pipeline
 
 
 @dataclass
@@ -32,6 +29,7 @@ class Drawn:
         calls: network calls a batch, by stage.
         rows: network evaluations a picture, by stage: guidance doubles these and not the calls.
         seconds: wall clock of the whole pipeline for all pictures.
+        memory: bytes at the peak, see ``PeakMemory``; None where the system does not tell.
     """
 
     first: Tensor
@@ -39,37 +37,25 @@ class Drawn:
     calls: dict[str, int]
     rows: dict[str, float]
     seconds: float
+    memory: int | None = None
 
 
 @dataclass
 class _Counter:
-    """Counts a network's calls where they happen; a hook, so that guidance and solvers cannot hide any."""
+    """Counts a stage's network calls where they happen; hooks, so that guidance and solvers cannot hide any."""
 
     tick: Callable[[], None]
     calls: int = 0
     rows: int = 0
-    handle: Any = field(default=None, repr=False)
 
-    def watch(self, network: nn.Module) -> _Counter:
-        self.handle = network.register_forward_pre_hook(self._count, with_kwargs=True)
-        return self
+    def watch(self, network: nn.Module) -> Any:
+        """Count this network's calls too; the handle ends it."""
+        return network.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.calls += 1
         self.rows += len(inputs[0] if inputs else named["x"])
         self.tick()
-
-
-def make_sampler(stage: Stage, name: str) -> Any:
-    """The sampler ``name`` with the grid options (spacing, final, ...) of the stage's sampler that it takes.
-
-    Raises:
-        KitError: no such sampler.
-    """
-    missing = set(registry.registry.check(name, {}))
-    kept = {key: getattr(stage.sampler, key) for key in GRID_OPTIONS if hasattr(stage.sampler, key)}
-    kept = {key: v for key, v in kept.items() if set(registry.registry.check(name, {key: v})) <= missing}
-    return registry.create(name, **kept)
 
 
 def draw(
@@ -78,6 +64,7 @@ def draw(
     seeds: Sequence[int],
     sampler: Any,
     steps: int,
+    guidance: Any = None,
     batch_size: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Drawn:
@@ -87,6 +74,7 @@ def draw(
         pipeline: the model.
         prompts, seeds: b texts and b seeds.
         sampler, steps: of the first stage; the others keep theirs.
+        guidance: of the first stage, e.g. another scale; None = its own.
         batch_size: pictures at a time; None = all.
         tick: called at every network call.
     """
@@ -101,9 +89,11 @@ def draw(
         latents[-1] = x
 
     with ExitStack() as stack:
-        counters = {stage.name: _Counter(tick).watch(stage.denoiser) for stage in pipeline.stages}
-        for counter in counters.values():
-            stack.callback(counter.handle.remove)
+        counters = {stage.name: _Counter(tick) for stage in pipeline.stages}
+        for stage in pipeline.stages:
+            for network in stage.modules:
+                stack.callback(counters[stage.name].watch(network).remove)
+        memory = stack.enter_context(PeakMemory(pipeline.device))
         began = time.perf_counter()
         # .cpu() waits for the device, so the clock sees the work and not its launch
         final = pipeline(
@@ -111,6 +101,7 @@ def draw(
             seed=list(seeds),
             sampler=sampler,
             steps=steps,
+            guidance=guidance,
             batch_size=batch_size,
             callback=keep,
         ).tensor.cpu()
@@ -123,16 +114,41 @@ def draw(
         calls={name: round(counter.calls / len(latents)) for name, counter in counters.items()},
         rows={name: counter.rows / len(prompts) for name, counter in counters.items()},
         seconds=seconds,
+        memory=memory.bytes,
     )
 
 
 def fingerprint(pipeline: Pipeline) -> str:
-    """A short digest of all weights and of what else decides a picture, to tell two models apart."""
-    digest = hashlib.sha256()
-    for stage in pipeline.stages:
-        facts = (stage.name, stage.size, stage.prediction, stage.guidance, stage.low_res_level, stage.steps)
-        digest.update(repr(facts).encode())
-        for key, value in sorted(stage.denoiser.state_dict().items()):
-            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    """A short digest of all that decides a picture but its prompt, seed, and first sampler and guidance.
+
+    The denoisers' weights enter whole; of the text encoder's, which may be many gigabytes, a part of each.
+    """
+    digest = hashlib.sha256(pipeline.unconditional.encode())
+    for i, stage in enumerate(pipeline.stages):
+        facts = (stage.name, stage.size, stage.prediction, stage.guidance, stage.low_res_level)
+        later = (stage.sampler, stage.steps) if i else ()
+        parts = [(type(part).__name__, _options(part)) for part in (stage.schedule, stage.codec)]
+        digest.update(repr((facts, later, parts)).encode())
+        for name, network in (("", stage.denoiser), *sorted(stage.networks.items())):
+            digest.update(name.encode())
+            _add_weights(digest, network)
+    digest.update(type(pipeline.text_encoder).__name__.encode())
+    if isinstance(pipeline.text_encoder, nn.Module):
+        _add_weights(digest, pipeline.text_encoder, most=4096)
     return digest.hexdigest()[:16]
+
+
+def _options(part: Any) -> list[tuple[str, Any]]:
+    """The plain numbers and words among a part's attributes."""
+    own = vars(part) if hasattr(part, "__dict__") else {}
+    return sorted((key, value) for key, value in own.items() if isinstance(value, bool | int | float | str))
+
+
+def _add_weights(digest: Any, network: nn.Module, most: int | None = None) -> None:
+    """Names, shapes and values of a network's tensors; of long ones ``most`` values spread over them."""
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        flat = value.detach().reshape(-1)
+        if most is not None and len(flat) > most:
+            flat = flat[:: len(flat) // most]
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -9,26 +9,32 @@ CFG with autoguidance), in either order.
 
 A new strategy is one file: a frozen dataclass with ``needs``, ``space`` and ``apply``. It may ask for other
 conditionings (perpendicular negative prompts) and other networks (autoguidance, perturbed attention) through
-its branches, and change with the step (scale schedules) through ``active`` and the ``Step`` it is handed.
+its branches, change with the step (scale schedules) through ``active`` and the ``Step`` it is handed, change
+the conditioning itself (``condition``), and keep something during one run (``begin``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
+from imagen_kit.guidance.step import AXES, Step
 from imagen_kit.prediction import PREDICTIONS
 
 Network = Callable[..., Tensor]
+Conditioning = Cond | Tensor
+Generators = torch.Generator | Sequence[torch.Generator]
 SPACES = ("raw", *PREDICTIONS)
-AXES = ("sigma", "log_snr", "t")
+TEXT = "text:"
+"""Prefix of conditionings that a pipeline makes from the rest of their name: ``text:watercolour``."""
 
 
 @dataclass(frozen=True)
@@ -37,67 +43,49 @@ class Branch:
 
     Attributes:
         name: key under which the strategy finds the prediction. Equal branches of several strategies are one.
-        cond: the conditioning it is given: ``cond``, ``uncond``, or another name passed to ``denoise_fn``.
-        through: maps the main network to the one to evaluate, e.g. to a weak one (autoguidance) or to itself
-            with perturbed attention; None = the main network. Branches with the same ``through`` are one
-            batched call.
+        cond: the conditioning it is given: ``cond``, ``uncond``, or another name passed to ``denoise_fn``. In
+            a pipeline also ``null``, no text, where ``uncond`` may hold a negative prompt.
+        through: maps the network to the one to evaluate, e.g. to itself with perturbed attention; None = as
+            it is. Branches with the same ``through`` are one batched call; so are those whose ``through``
+            has a method ``rows(network, part of the batch)``, which changes the network for its rows only.
+        network: name of another network passed to ``denoise_fn``, e.g. a weak one (autoguidance); None = the
+            main one. Every network is called by itself.
     """
 
     name: str
     cond: str
     through: Callable[[Network], Network] | None = None
+    network: str | None = None
 
 
 COND = Branch("cond", cond="cond")
 UNCOND = Branch("uncond", cond="uncond")
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where in the diffusion a call takes place.
-
-    Attributes:
-        t, alpha, sigma: floats; or tensors (b or 1, 1, 1, 1), the latter two in float64, when the caller
-            passed a tensor t.
-    """
-
-    t: float | Tensor
-    alpha: float | Tensor
-    sigma: float | Tensor
-
-    @property
-    def coefficients(self) -> tuple[Any, Any, Any]:
-        """t, alpha, sigma: all floats or all tensors, which no annotation can say."""
-        return self.t, self.alpha, self.sigma
-
-    def on(self, axis: str) -> float | Tensor:
-        """The position on one of ``AXES``; sigma is the noise-to-signal ratio sigma/alpha, as in EDM."""
-        if axis == "t":
-            return self.t
-        alpha, sigma = self.alpha, self.sigma
-        if isinstance(alpha, Tensor) or isinstance(sigma, Tensor):
-            ratio = torch.as_tensor(sigma / alpha)
-            return ratio if axis == "sigma" else -2 * ratio.log()
-        ratio_ = sigma / alpha if alpha else math.inf
-        if axis == "sigma":
-            return ratio_
-        return -2 * math.log(ratio_) if ratio_ else math.inf
-
-
 class Guidance:
-    """A strategy. Immutable, without state between calls.
+    """A strategy. Immutable; whatever it must remember it keeps in the object that ``begin`` returns.
 
     Attributes:
         space: where ``apply`` works: ``raw`` (the network's own output), or a prediction such as x0, eps, v.
         needs: branches read besides ``cond``, which is always there.
+        neutral: the scale at which the strategy does nothing.
+        of_prompt: whether its scale is the strength of the prompt, which a plain number stands for.
+        renoise: the branch from whose x0 the sampler must put the noise back, None for the guided one.
     """
 
     space: str = "raw"
+    neutral: float = 1.0
+    of_prompt: bool = False
+    renoise: str | None = None
 
     @property
     def needs(self) -> tuple[Branch, ...]:
         """Branches that ``apply`` may read besides ``cond``."""
         return ()
+
+    def reads(self, step: Step) -> tuple[Branch, ...]:
+        """Those of ``needs`` that are read at this step."""
+        return self.needs
 
     def active(self, step: Step) -> bool | Tensor:
         """Whether the strategy acts at this step; where it does not, what it needs is not evaluated.
@@ -106,6 +94,10 @@ class Guidance:
         to save evaluations would stall the device.
         """
         return True
+
+    def condition(self, cond: Conditioning | None, step: Step) -> Conditioning | None:
+        """The conditioning named ``cond`` as the network is given it at this step; None where there is none."""
+        return cond
 
     def apply(self, guided: Tensor, predictions: Mapping[str, Tensor], step: Step) -> Tensor:
         """The new guided prediction.
@@ -116,11 +108,75 @@ class Guidance:
             predictions: ``cond`` and what the active strategies need, (b, c, h, w) each.
             step: the time and its coefficients.
         """
-        raise NotImplementedError
+        return guided
+
+    def begin(self, generator: Generators | None = None) -> Guidance:
+        """The strategy for one sampling run: itself where it keeps nothing between evaluations.
+
+        Args:
+            generator: source of what it draws; a list holds one a sample.
+        """
+        return self
+
+    def fit(self, network: Network) -> None:
+        """KitError where the strategy cannot work on the main network, such as layers that it lacks."""
 
     def with_scale(self, scale: float) -> Guidance | None:
         """The same strategy at another guidance scale; None when it has none."""
         return None
+
+
+class Wrapper(Guidance):
+    """A strategy made of another one, its field ``of``: everything is asked of that one."""
+
+    of: Any
+
+    @property
+    def inner(self) -> Guidance:
+        """The strategy inside."""
+        return build(self.of)
+
+    @property
+    def space(self) -> str:  # type: ignore[override]
+        return self.inner.space
+
+    @property
+    def neutral(self) -> float:  # type: ignore[override]
+        return self.inner.neutral
+
+    @property
+    def of_prompt(self) -> bool:  # type: ignore[override]
+        return self.inner.of_prompt
+
+    @property
+    def renoise(self) -> str | None:  # type: ignore[override]
+        return self.inner.renoise
+
+    @property
+    def needs(self) -> tuple[Branch, ...]:
+        return self.inner.needs
+
+    def reads(self, step: Step) -> tuple[Branch, ...]:
+        return self.inner.reads(step)
+
+    def active(self, step: Step) -> bool | Tensor:
+        return self.inner.active(step)
+
+    def condition(self, cond: Conditioning | None, step: Step) -> Conditioning | None:
+        return self.inner.condition(cond, step)
+
+    def apply(self, guided: Tensor, predictions: Mapping[str, Tensor], step: Step) -> Tensor:
+        return self.inner.apply(guided, predictions, step)
+
+    def begin(self, generator: Generators | None = None) -> Guidance:
+        return replace(self, of=self.inner.begin(generator))  # type: ignore[type-var]
+
+    def fit(self, network: Network) -> None:
+        self.inner.fit(network)
+
+    def with_scale(self, scale: float) -> Guidance | None:
+        inner = self.inner.with_scale(scale)
+        return None if inner is None else replace(self, of=inner)  # type: ignore[type-var]
 
 
 def build(spec: Guidance | Mapping[str, Any] | float) -> Guidance:
@@ -150,11 +206,59 @@ def stack(spec: Any) -> tuple[Guidance, ...]:
 
 
 def rescaled_stack(strategies: tuple[Guidance, ...], scale: float) -> tuple[Guidance, ...]:
-    """The stack at another guidance scale; CFG is put first where no strategy has a scale."""
-    changed = [strategy.with_scale(scale) for strategy in strategies]
+    """The stack with the prompt at another guidance scale; CFG is put first where no strategy has one.
+
+    Scales that are not the prompt's (of perturbed attention, of a weak network) stay as they are.
+    """
+    changed = [strategy.with_scale(scale) if strategy.of_prompt else None for strategy in strategies]
     if not any(changed):
         return (build(scale), *strategies)
     return tuple(new or old for new, old in zip(changed, strategies, strict=True))
+
+
+def acting(strategies: Sequence[Guidance], step: Step) -> list[tuple[Guidance, bool | Tensor]]:
+    """The strategies that act at a step, each with where it does: True, or a tensor (b or 1, 1, 1, 1)."""
+    found = [(strategy, strategy.active(step)) for strategy in strategies]
+    return [(strategy, when) for strategy, when in found if isinstance(when, Tensor) or when]
+
+
+def branches(strategies: Sequence[Guidance], step: Step) -> list[Branch]:
+    """What is evaluated at a step, ``cond`` first, each once: its length is the step's cost in evaluations."""
+    found = (branch for strategy, _ in acting(strategies, step) for branch in strategy.reads(step))
+    return list(dict.fromkeys([COND, *found]))
+
+
+def require(strategy: Guidance, conds: Collection[str], networks: Collection[str]) -> None:
+    """KitError unless the conditionings and networks that the strategy needs are among those named."""
+    who = f"guidance {type(strategy).__name__}"
+    for branch in strategy.needs:
+        if branch.cond not in conds and branch.cond != COND.cond:
+            given = ", ".join(conds) or "none"
+            raise KitError(f"{who} needs the conditioning {branch.cond!r}; given: {given}")
+        if branch.network is not None and branch.network not in networks:
+            given = ", ".join(networks) or "none"
+            raise KitError(f"{who} needs the network {branch.network!r}; given: {given}")
+
+
+def renoised(sampler: Any, strategies: Sequence[Guidance]) -> Any:
+    """The sampler, putting the noise back as the guidance defines it (``Guidance.renoise``).
+
+    Raises:
+        KitError: a sampler without that option, with those that have it.
+    """
+    from imagen_kit import samplers
+
+    wanted = next((strategy.renoise for strategy in strategies if strategy.renoise), None)
+    if wanted is None:
+        return sampler
+    if not hasattr(sampler, "renoise"):
+        able = [name for name in samplers.names() if "renoise" in samplers.describe(name)["options"]]
+        name = getattr(sampler, "name", type(sampler).__name__)
+        raise KitError(
+            f"guidance cfg_pp needs a sampler with the option renoise, which {name!r} has not; "
+            f"choose from {', '.join(able)}"
+        )
+    return replace(sampler, renoise=wanted)
 
 
 def inside(step: Step, low: float, high: float, axis: str) -> bool | Tensor:

@@ -20,7 +20,7 @@ from imagen_kit.guidance.base import (
 )
 
 
-@register("cfg", needs=("uncond",), works_in="raw")
+@register("cfg", extra_evaluations="1 (uncond); none at scale 1 and outside the interval", works_in="raw")
 @dataclass(frozen=True)
 class CFG(Guidance):
     """Classifier-free guidance: scale·cond + (1 − scale)·uncond (Saharia et al. 2022, eq. 2).
@@ -40,6 +40,7 @@ class CFG(Guidance):
     scale: float = 7.5
     interval: Sequence[float] | None = None
     space: str = "raw"
+    of_prompt = True
 
     def __post_init__(self) -> None:
         number(self.scale, "guidance scale")

@@ -13,7 +13,7 @@ from imagen_kit.guidance import register
 from imagen_kit.guidance.base import Guidance, Step, number
 
 
-@register("dynamic_threshold", works_in="x0")
+@register("dynamic_threshold", extra_evaluations="none", works_in="x0")
 @dataclass(frozen=True)
 class DynamicThreshold(Guidance):
     """s = percentile of |x0| per sample, at least 1; clip x0 to [−s, s] and divide by s.

@@ -12,7 +12,7 @@ from imagen_kit.guidance import register
 from imagen_kit.guidance.base import Guidance, Step, check_space, number
 
 
-@register("rescale", works_in="raw")
+@register("rescale", extra_evaluations="none", works_in="raw")
 @dataclass(frozen=True)
 class Rescale(Guidance):
     """φ·guided·std(cond)/std(guided) + (1 − φ)·guided (Lin et al. 2023, eqs. 15-16).

@@ -11,7 +11,7 @@ from imagen_kit.guidance import register
 from imagen_kit.guidance.base import Guidance, Step, number
 
 
-@register("static_threshold", works_in="x0")
+@register("static_threshold", extra_evaluations="none", works_in="x0")
 @dataclass(frozen=True)
 class StaticThreshold(Guidance):
     """Clip the predicted x0 to [−limit, limit].

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
 from imagen_kit.errors import KitError, unknown
+from imagen_kit.samplers import batched
 from imagen_kit.samplers import grid as grids
 from imagen_kit.samplers.grid import GridOptions, Point
-from imagen_kit.samplers.tableau import Callback, Denoise, Form, Noise, Row, Tableau
+from imagen_kit.samplers.noise import Generators, gaussian
+from imagen_kit.samplers.tableau import Callback, Denoise, Form, Noise, Row, Tableau, without_waste
 from imagen_kit.schedules.base import Schedule
 
 FINALS = ("zero", "sigma_min")
+#: Noisiest first: n numbers, or for ``sample`` (b, n): a grid for every sample.
 Grid = Sequence[float] | Tensor
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Run:
@@ -41,13 +44,25 @@ class Run:
         """(number, where the step starts, where it ends) for every interval of the grid."""
         return ((i, now, then) for i, (now, then) in enumerate(pairwise(self.points)))
 
-    def denoise(self, x: Form, at: Point) -> Form:
-        """The network's x0 for the state ``x`` at a point (of the grid, or between its points)."""
+    @overload
+    def denoise(self, x: Form, at: Point, also: tuple[()] = ()) -> Form: ...
+    @overload
+    def denoise(self, x: Form, at: Point, also: tuple[str, *tuple[str, ...]]) -> tuple[Form, ...]: ...
+    def denoise(self, x: Form, at: Point, also: tuple[str, ...] = ()) -> Form | tuple[Form, ...]:
+        """The network's x0 for the state ``x`` at a point (of the grid, or between its points).
+
+        Args:
+            x: the state.
+            at: where it lies.
+            also: names of further predictions of x0 from the same evaluation, e.g. ``("uncond",)``; the
+                result is then a tuple, x0 first.
+        """
         row = self._combine(x)
-        output = f"d{self._outputs}"
+        outputs = tuple(f"d{self._outputs}{suffix}" for suffix in ("", *(f":{name}" for name in also)))
         self._outputs += 1
-        self.rows[-1] = Row(row.state, row.weights, at.t, output, row.step)
-        return Form({output: 1.0})
+        self.rows[-1] = Row(row.state, row.weights, at.t, outputs, tuple(also), row.step)
+        forms = tuple(Form({output: 1.0}) for output in outputs)
+        return forms if also else forms[0]
 
     def noise(self) -> Form:
         """A fresh standard Gaussian. It is drawn only if its weight is not zero."""
@@ -57,12 +72,22 @@ class Run:
     def step(self, x: Form) -> Form:
         """End a sampling step at ``x``; go on with the returned form, which names the finished state."""
         row = self._combine(x)
-        self.rows[-1] = Row(row.state, row.weights, step=self._steps)
+        self.rows[-1] = replace(row, step=self._steps)
         self._steps += 1
         return Form({row.state: 1.0})
 
+    def keep(self, x: Form) -> Form:
+        """Compute ``x`` here and name it, so that what is made of it later reads one slot and not all of its own.
+
+        For formulas that carry on a state which is neither evaluated nor the end of a step (a corrector's);
+        unnamed, its terms would be written out again in every later row.
+        """
+        return x if x.slot is not None else Form({self._combine(x).state: 1.0})
+
     def point(self, lam: float) -> Point:
         """The schedule's point with half log-SNR ``lam``, for stages between grid points."""
+        if math.isnan(lam):  # half-way to an end without signal
+            raise ArithmeticError("there is no such point")
         t = self.schedule.t_of_log_snr(2 * lam)
         return Point(t, *self.schedule.alpha_sigma(t))
 
@@ -127,6 +152,15 @@ class Sampler:
             )
             raise KitError(f"sampler {self.name!r}: option {option!r} must be a number {rule}, not {value!r}")
 
+    def _level(self, option: str, low: int, high: int) -> None:
+        """KitError unless the option is a whole number from ``low`` to ``high``."""
+        value = getattr(self, option)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise KitError(
+                f"sampler {self.name!r}: option {option!r} must be a whole number from {low} to {high}, "
+                f"not {value!r}"
+            )
+
     def _choice(self, option: str, choices: Sequence[str]) -> None:
         """KitError with the nearest valid value unless the option is one of ``choices``."""
         value = getattr(self, option)
@@ -150,9 +184,7 @@ class Sampler:
             KitError: steps below 1 or not whole, or not those of the explicit grid; see also
                 ``grid.explicit``.
         """
-        whole = isinstance(steps, int) and not isinstance(steps, bool)
-        if steps is not None and (not whole or steps < 1):
-            raise KitError(f"steps must be a whole number of at least 1, not {steps!r}")
+        _whole("steps", steps)
         if timesteps is None and sigmas is None:
             count = self.default_steps if steps is None else steps
             return grids.grid(schedule, count, self.spacing, self.final, GridOptions(self.offset, self.rho))
@@ -167,13 +199,28 @@ class Sampler:
         steps: int | None = None,
         timesteps: Grid | None = None,
         sigmas: Grid | None = None,
+        *,
+        nfe: int | None = None,
     ) -> Tableau:
         """Trace the formula on a schedule and a grid; arguments as in ``sample``.
+
+        Tableaus are remembered: the same sampler on the same schedule object and grid gives the same object.
 
         Raises:
             KitError: a grid that cannot be, or a sampler whose coefficients are not finite on it.
         """
-        points = self.points(schedule, steps, timesteps, sigmas)
+        steps = self.budget(schedule, steps, timesteps, sigmas, nfe)
+        _whole("steps", steps)  # before the memory: True and 1 look alike to it
+        try:
+            hash((self, schedule))
+        except TypeError:  # an option or a schedule that cannot be a key
+            return self.trace(schedule, self.points(schedule, steps, timesteps, sigmas))
+        keys = None if timesteps is None else grids.numbers(timesteps, "timesteps")
+        ratios = None if sigmas is None else grids.numbers(sigmas, "sigmas")
+        return _remembered(self, schedule, steps, keys, ratios)
+
+    def trace(self, schedule: Schedule, points: list[Point]) -> Tableau:
+        """The tableau of these points; see ``tableau``, which finds them and remembers the result."""
         run = Run(schedule, points)
         start, end = points[0], points[-1]
         try:
@@ -188,18 +235,47 @@ class Sampler:
             ) from error
         times = tuple(point.t for point in points)
         ends = (start.alpha, start.sigma), (end.alpha, end.sigma)
-        return Tableau(tuple(run.rows), self.order, times, *ends, schedule.prior_std(start.t))
+        return Tableau(
+            without_waste(run.rows), self.order, times, *ends, schedule.prior_std(start.t), self.name
+        )
+
+    def budget(
+        self,
+        schedule: Schedule,
+        steps: int | None,
+        timesteps: Grid | None,
+        sigmas: Grid | None,
+        nfe: int | None,
+    ) -> int | None:
+        """``steps``, or the most steps on this schedule that ``nfe`` evaluations pay for.
+
+        Raises:
+            KitError: ``nfe`` below what one step takes, not whole, or given with steps or a grid.
+        """
+        if nfe is None:
+            return steps
+        _whole("nfe", nfe)
+        if steps is not None or timesteps is not None or sigmas is not None:
+            raise KitError("give nfe, or steps, or a grid: each of them decides the number of steps")
+        least = self.tableau(schedule, 1).nfe
+        if least > nfe:
+            raise KitError(f"sampler {self.name!r} takes {least} evaluations for one step; nfe={nfe} is less")
+
+        def affordable(count: int) -> bool:
+            try:
+                return self.tableau(schedule, count).nfe <= nfe
+            except KitError:  # more steps than the schedule has times
+                return False
+
+        return _largest(affordable, nfe)
 
     def nfe(self, steps: int) -> int:
         """Network evaluations of a run of ``steps`` steps (on a schedule without end effects)."""
-        return self.tableau(_Plain(), steps).nfe
+        return self.tableau(_PLAIN, steps).nfe
 
     def steps_for(self, nfe: int) -> int:
         """The most steps whose evaluations do not exceed ``nfe``; at least 1."""
-        steps = max(nfe, 1)
-        while steps > 1 and self.nfe(steps) > nfe:
-            steps -= 1
-        return steps
+        return _largest(lambda count: self.nfe(count) <= nfe, max(nfe, 1))
 
     def sample(
         self,
@@ -210,6 +286,7 @@ class Sampler:
         *,
         timesteps: Grid | None = None,
         sigmas: Grid | None = None,
+        nfe: int | None = None,
         generator: Generators | None = None,
         noise: Noise | None = None,
         callback: Callback | None = None,
@@ -217,31 +294,93 @@ class Sampler:
         """From noise to a sample.
 
         Args:
-            denoise: (x, t) -> x0, shapes and dtype of x; t is a Python float, the schedule's native time.
+            denoise: (x, t) -> x0, shapes and dtype of x; t is a Python float, the schedule's native time
+                (a float64 tensor (b,) on x's device where every sample has a grid of its own).
             x: (b, ...) noisy start in the schedule's coordinates, alpha x0 + sigma noise at the grid's first
-                time;
-                pure noise of standard deviation ``tableau.prior_std`` to begin from nothing.
+                time; pure noise of standard deviation ``tableau.prior_std`` to begin from nothing.
             schedule: the noise schedule the network was trained on.
             steps: number of steps, ``default_steps`` when None.
             timesteps: explicit grid of native times, noisiest first; the last step then goes to the clean
-                end,
-                unless ``final="sigma_min"``, which makes the last entry the end.
+                end, unless ``final="sigma_min"``, which makes the last entry the end. (b, n) gives every
+                sample its own.
             sigmas: the same grid as sigma / alpha ratios.
+            nfe: budget in network evaluations, in place of ``steps``: the most steps that fit.
             generator: source of noise for stochastic samplers; a list holds one a sample, so that a sample
-                does not
-                depend on the batch it is drawn in.
+                does not depend on the batch it is drawn in.
             noise: () -> tensor like x, called once a noise term, in order; instead of ``generator``.
             callback: (step, x, x0) after every step, counted from 0.
 
         Returns:
             The sample, of x's shape and dtype: alpha x0 + sigma noise at the grid's end, x0 at the clean end.
         """
+        source = self.noise_source(x, generator, noise)
+        each = grids.each_sample(timesteps, sigmas, len(x) if x.ndim else 0)
+        if each is None:
+            tableau = self.tableau(schedule, steps, timesteps, sigmas, nfe=nfe)
+            denoise = begin(denoise, tableau.times, generator, tableau.plan.parts)
+            return tableau.run(denoise, x, source, callback)
+        which = "sigmas" if timesteps is None else "timesteps"
+        tableaus = [self.tableau(schedule, steps, **{which: row}, nfe=nfe) for row in each]  # type: ignore[arg-type]
+        plan = batched.plan(tableaus, x)
+        denoise = begin(denoise, batched.times(tableaus, x), generator, plan.parts)
+        return plan.run(denoise, x, source, callback)
+
+    def noise_source(self, x: Tensor, generator: Generators | None, noise: Noise | None) -> Noise:
+        """Where a run on ``x`` draws its noise from, by the arguments of ``sample``; checks them.
+
+        Raises:
+            KitError: x of whole numbers, both sources given, or generators that do not fit the batch.
+        """
         if not x.is_floating_point():
             raise KitError(f"a sampler needs a floating-point x, not {x.dtype}")
         if noise is not None and generator is not None:
             raise KitError("give either noise or a generator, not both")
-        tableau = self.tableau(schedule, steps, timesteps, sigmas)
-        return tableau.run(denoise, x, noise or gaussian(x, generator), callback)
+        return noise or gaussian(x, generator)
+
+
+def begin(
+    denoise: Denoise,
+    times: Sequence[float] | Tensor,
+    generator: Generators | None = None,
+    parts: Sequence[str] = (),
+) -> Denoise:
+    """``denoise`` for one run: guidance that keeps something during a run starts afresh.
+
+    Args:
+        denoise: (x, t) -> x0; returned as it is where it has no ``begin``.
+        times: the run's grid of native times, n numbers or (b, n).
+        generator: source of the noise that guidance draws.
+        parts: names of the further predictions that the sampler will ask for.
+    """
+    start = getattr(denoise, "begin", None)
+    return denoise if start is None else start(times, generator, parts)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _remembered(
+    sampler: Sampler,
+    schedule: Schedule,
+    steps: int | None,
+    timesteps: tuple[float, ...] | None,
+    sigmas: tuple[float, ...] | None,
+) -> Tableau:
+    """Samplers and schedules are immutable, so their tableau is too; tracing takes longer than running it."""
+    return sampler.trace(schedule, sampler.points(schedule, steps, timesteps, sigmas))
+
+
+def _largest(affordable: Callable[[int], bool], high: int) -> int:
+    """The largest number from 1 to ``high`` that is affordable, taking 1 to be and dearer to follow dear."""
+    low = 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if affordable(middle) else (low, middle - 1)
+    return low
+
+
+def _whole(option: str, value: Any) -> None:
+    """KitError unless ``value`` is None or a whole number of at least 1."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise KitError(f"{option} must be a whole number of at least 1, not {value!r}")
 
 
 class _Plain(Schedule):
@@ -256,25 +395,4 @@ class _Plain(Schedule):
         return (-log_snr / 2).exp()
 
 
-def gaussian(like: Tensor, generator: Generators | None = None) -> Noise:
-    """A source of standard Gaussians of the shape of ``like``, in float32 or better.
-
-    Args:
-        like: (b, ...) tensor that gives shape, device and precision.
-        generator: drawn from on its own device; a list holds one for every entry of the batch.
-
-    Raises:
-        KitError: a list of another length than the batch.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-
-    def draw(shape: torch.Size, source: torch.Generator | None) -> Tensor:
-        device = like.device if source is None else source.device
-        return torch.randn(shape, generator=source, device=device, dtype=dtype).to(like.device)
-
-    if generator is None or isinstance(generator, torch.Generator):
-        return lambda: draw(like.shape, generator)
-    each = list(generator)
-    if len(each) != len(like):
-        raise KitError(f"{len(each)} generators were given for a batch of {len(like)}; give one a sample")
-    return lambda: torch.stack([draw(like.shape[1:], source) for source in each])
+_PLAIN = _Plain()

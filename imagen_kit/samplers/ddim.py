@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from imagen_kit.samplers import register
 from imagen_kit.samplers.ancestral import ancestral_step
-from imagen_kit.samplers.base import Run, Sampler
+from imagen_kit.samplers.base import Run
+from imagen_kit.samplers.renoise import Renoising
 from imagen_kit.samplers.tableau import Form
 
 
 @register("ddim", order=1, stochastic="eta > 0", evaluations="steps")
 @dataclass(frozen=True, kw_only=True)
-class Ddim(Sampler):
+class Ddim(Renoising):
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
 
     Args:
@@ -30,6 +31,6 @@ class Ddim(Sampler):
 
     def solve(self, x: Form, run: Run) -> Form:
         for _, now, then in run.steps:
-            x0 = run.denoise(x, now)
-            x = run.step(ancestral_step(x, x0, now, then, self.eta, run))
+            x0, source = self.predict(x, now, run)
+            x = run.step(ancestral_step(x, x0, now, then, self.eta, run, source))
         return x

@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from imagen_kit.samplers import register
 from imagen_kit.samplers.ancestral import ancestral_step, ddim_step
-from imagen_kit.samplers.base import Run, Sampler
+from imagen_kit.samplers.base import Run
+from imagen_kit.samplers.renoise import Renoising
 from imagen_kit.samplers.tableau import Form
 
 
 @register("euler", order=1, stochastic=False, evaluations="steps")
 @dataclass(frozen=True, kw_only=True)
-class Euler(Sampler):
-    """Euler's method on the probability-flow ODE in sigma / alpha (Karras et al. 2022, Algorithm 1 without
-    line 6).
+class Euler(Renoising):
+    """Euler's method on the probability-flow ODE in sigma / alpha (Karras et al. 2022, first-order Algorithm 1).
 
     d(x/alpha) / d(sigma/alpha) is the noise, so a step changes the share of x0 and of the noise: the same as
     DDIM with eta = 0, and as Euler's method along the velocity of a flow model.
@@ -25,13 +25,14 @@ class Euler(Sampler):
 
     def solve(self, x: Form, run: Run) -> Form:
         for _, now, then in run.steps:
-            x = run.step(ddim_step(x, run.denoise(x, now), now, then))
+            x0, source = self.predict(x, now, run)
+            x = run.step(ddim_step(x, x0, now, then, source))
         return x
 
 
 @register("euler_ancestral", order=1, stochastic=True, evaluations="steps")
 @dataclass(frozen=True, kw_only=True)
-class EulerAncestral(Sampler):
+class EulerAncestral(Renoising):
     """Euler's method to a level below the next one, and fresh noise back up to it (k-diffusion's "Euler a").
 
     In r = sigma/alpha: up = eta r' sqrt(1 - (r'/r)²), down = sqrt(r'² - up²).
@@ -51,6 +52,6 @@ class EulerAncestral(Sampler):
 
     def solve(self, x: Form, run: Run) -> Form:
         for _, now, then in run.steps:
-            x0 = run.denoise(x, now)
-            x = run.step(ancestral_step(x, x0, now, then, self.eta, run))
+            x0, source = self.predict(x, now, run)
+            x = run.step(ancestral_step(x, x0, now, then, self.eta, run, source))
         return x

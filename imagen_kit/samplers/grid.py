@@ -49,6 +49,8 @@ class GridOptions:
     rho: float = 7.0
 
 
+#: Spacings that keep to the whole times of a discrete schedule, and so end with them.
+WHOLE_TIMES = ("linspace", "leading", "trailing", "auto")
 Spacing = Callable[[Schedule, int, bool, GridOptions], np.ndarray]
 SPACINGS: dict[str, Spacing] = {}
 
@@ -120,6 +122,73 @@ def log_snr(schedule: Schedule, steps: int, closed: bool, options: GridOptions) 
     return _in_ratio(schedule, steps, closed, spread)
 
 
+#: sigma / alpha of the ten-step schedules optimised for Stable Diffusion 1.5, SDXL and Stable Video Diffusion
+#: (Sabour et al. 2024, Align Your Steps, and their published quick-start guide).
+ALIGNED = {
+    "sd15": (
+        *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
+        *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),
+    ),
+    "sdxl": (
+        *(14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141),
+        *(0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582),
+    ),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+def _aligned(schedule: Schedule, steps: int, closed: bool, model: str) -> np.ndarray:
+    """The list of ``model``, log-linearly interpolated to any number of steps, as its authors do.
+
+    On a schedule of another range of sigma / alpha the list is stretched to it, evenly in the logarithm.
+    """
+    logs = np.log(ALIGNED[model])
+    shape = (logs - logs[-1]) / (logs[0] - logs[-1])
+
+    def spread(high: float, low: float, count: int) -> np.ndarray:
+        # An open grid leaves the list's last level out: the step that would go there goes to sigma = 0.
+        levels = np.interp(np.linspace(0, 1, count + (not closed)), np.linspace(0, 1, len(shape)), shape)
+        return np.exp(math.log(low) + levels[:count] * (math.log(high) - math.log(low)))
+
+    return _in_ratio(schedule, steps, closed, spread)
+
+
+@spacing("align_your_steps")
+def align_your_steps(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Levels optimised for Stable Diffusion 1.5, for SVD where time is the noise level (Sabour et al. 2024)."""
+    return _aligned(schedule, steps, closed, "sd15" if math.isfinite(schedule.domain[1]) else "svd")
+
+
+@spacing("align_your_steps_sdxl")
+def align_your_steps_sdxl(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Levels optimised for SDXL (Sabour et al. 2024)."""
+    return _aligned(schedule, steps, closed, "sdxl")
+
+
+@spacing("beta")
+def beta(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Times at even quantiles of Beta(0.6, 0.6), denser at both ends (Lee et al. 2024, Beta Sampling).
+
+    Where time is the noise level and unbounded (edm), the quantiles are taken in log(sigma / alpha).
+    """
+    try:
+        from scipy.special import betaincinv
+    except ImportError:
+        raise KitError("spacing 'beta' needs scipy: pip install scipy") from None
+
+    def quantiles(count: int) -> np.ndarray:
+        falling = np.linspace(1, 0, count) if closed else 1 - np.arange(count) / count
+        return betaincinv(0.6, 0.6, falling)
+
+    if math.isfinite(schedule.domain[1]):
+        return _shifted(schedule, quantiles(steps + closed))
+
+    def spread(high: float, low: float, count: int) -> np.ndarray:
+        return np.exp(math.log(low) + quantiles(count) * (math.log(high) - math.log(low)))
+
+    return _in_ratio(schedule, steps, closed, spread)
+
+
 @spacing("auto")
 def auto(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
     """``trailing`` where time is bounded, ``karras`` where it is the noise level itself (edm)."""
@@ -145,7 +214,7 @@ def grid(
         raise KitError(unknown("spacing", spacing, SPACINGS))
     closed = final == "sigma_min"
     most = schedule.discrete - closed if schedule.discrete else steps
-    if steps > most and spacing not in ("karras", "log_snr", "exponential"):
+    if steps > most and spacing in WHOLE_TIMES:
         raise KitError(
             f"steps must be at most {most} on a schedule of {schedule.discrete} times, not {steps}"
         )
@@ -170,10 +239,10 @@ def explicit(
     if (timesteps is None) == (sigmas is None):
         raise KitError("give the grid either as timesteps or as sigmas, not both")
     if timesteps is not None:
-        times = _numbers(timesteps)
+        times = list(numbers(timesteps, "timesteps"))
     else:
         assert sigmas is not None
-        ratios = _numbers(sigmas)
+        ratios = list(numbers(sigmas, "sigmas"))
         if any(not ratio >= 0 for ratio in ratios):
             raise KitError("sigmas (sigma / alpha ratios) must not be negative")
         times = [schedule.t_of_ratio(ratio) for ratio in ratios]
@@ -209,8 +278,39 @@ def _point(schedule: Schedule, t: float) -> Point:
     return Point(t, *schedule.alpha_sigma(t))
 
 
-def _numbers(values: Iterable[float] | Tensor) -> list[float]:
-    return [float(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]
+def numbers(values: Iterable[float] | Tensor, name: str) -> tuple[float, ...]:
+    """A grid as floats.
+
+    Raises:
+        KitError: something that is not a row of numbers.
+    """
+    try:
+        entries = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+        return tuple(map(float, entries))
+    except (TypeError, ValueError):
+        given = " ".join(str(values).split())[:40]
+        raise KitError(f"{name} must be a row of numbers, noisiest first, not {given!r}") from None
+
+
+def each_sample(
+    timesteps: Sequence[float] | Tensor | None, sigmas: Sequence[float] | Tensor | None, batch: int
+) -> list[tuple[float, ...]] | None:
+    """The rows of a grid (b, n), one a sample; None where the grid is one for all.
+
+    Raises:
+        KitError: another number of rows than the batch has samples.
+    """
+    name, given = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+    try:
+        array = np.asarray(given.tolist() if isinstance(given, Tensor) else given)
+    except ValueError:  # rows of different lengths
+        raise KitError(f"{name} holds grids of different lengths; give every sample as many steps") from None
+    if array.ndim != 2:
+        return None
+    rows = [numbers(row, name) for row in array]
+    if len(rows) != batch:
+        raise KitError(f"{name} holds {len(rows)} grids for a batch of {batch}; give one, or one a sample")
+    return rows
 
 
 def _shifted(schedule: Schedule, uniform: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,10 +84,12 @@ def test_settings_reach_the_pipeline(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr("imagen_kit.pipeline.Pipeline.__call__", call)
     words = ["--sampler", "ddim", "--steps", 3, "--guidance", 1.5, "--seed", 9, "--negative", "blur"]
+    words += ["--also", "at 9:30, snow:0.5", "--also", "fog:-1"]
     code, _, _ = command("generate", PROMPT, "--recipe", "tiny", *words, "-o", tmp_path / "a.png")
     assert code == 0
     assert (seen["stage"].sampler.name, seen["stage"].steps) == ("ddim", 3)
     assert (seen["guidance"], seen["seed"], seen["negative"]) == (1.5, 9, "blur")
+    assert seen["also"] == [("at 9:30, snow", 0.5), ("fog", -1.0)]
 
 
 def test_swapped_sampler_keeps_the_spacing_that_both_know(command, tmp_path, monkeypatch):
@@ -121,6 +124,10 @@ def test_swapped_sampler_keeps_the_spacing_that_both_know(command, tmp_path, mon
         (["--recipe", "tiny", "--steps", "few"], "'--steps'"),
         (["--recipe", "tiny", "--guidance", "much"], "'--guidance'"),
         (["--recipe", "tiny", "--guidance", "nan"], "must be a finite number"),
+        (
+            ["--recipe", "tiny", "--also", "fog"],
+            "--also must be TEXT:WEIGHT, such as 'watercolour:2', not 'fog'",
+        ),
         (["--recipe", "tiny", "--set", "stages.0.guidance.cfg.scale=much"], "must be a number, not 'much'"),
         (["--recipe", "tiny", "--num", "0"], "--num must be at least 1"),
         (["--recipe", "tiny", "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -241,7 +248,8 @@ def test_show_recipe_counts_parameters_and_evaluations(command):
     pipeline = recipe.load("tiny").build()
     count = sum(p.numel() for p in pipeline.stages[0].denoiser.parameters())
     assert f"{count / 1e3:.3g} k parameters" in out
-    assert "evaluations 5, each of 2 pictures at once" in out  # 2·3 − 1 for heun, times cond and uncond
+    # 2·3 − 1 for heun, times cond and uncond
+    assert "evaluations 5, each of 2 network passes (cond, uncond), 10 in all" in out
     assert "network passes a picture: 12" in out  # and 2 of the second stage
     for word in ("t5", "unet", "cosine", "prediction v", "dynamic_threshold", "noise level 0.1"):
         assert word in out
@@ -266,6 +274,31 @@ def test_show_part_and_tableau(command):
     assert "scale" in out
 
 
+@pytest.mark.parametrize("name", imagen_kit.guidance.names())
+def test_show_guidance_says_what_it_costs(command, name):
+    code, out, _ = command("show", "guidance", name)
+    assert code == 0
+    assert re.search(r"extra evaluations: (none|1|those of)", out)
+
+
+def test_show_recipe_counts_what_guidance_evaluates_at_each_step(command):
+    stack = [
+        "{name: interval, of: {name: cfg, scale: 3.0}, high: 0.5, by: progress}",
+        "{name: pag, layers: middle}",
+        "{name: autoguidance}",
+    ]
+    weak = "{weak: {denoiser: {name: unet, levels: [{channels: 16, blocks: 1}], head_dim: 16}}}"
+    changes = [f"stages.0.guidance=[{', '.join(stack)}]", f"stages.0.networks={weak}"]
+    code, out, _ = command("show", "tiny", "--set", changes[0], "--set", changes[1])
+    assert code == 0
+    # of four steps the first three are in the interval, which ends with half of them taken
+    assert (
+        "evaluations 4, each of 3 to 4 network passes (cond, uncond, pag.cond.middle, weak.cond), 15 in all"
+        in out
+    )
+    assert "network     weak: unet" in out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -283,7 +316,7 @@ def test_show_mistakes(command, words, says):
     assert says in err
 
 
-# ---- train, evaluate, compare ------------------------------------------------------------------------------
+# ---- train, evaluate ---------------------------------------------------------------------------------------
 
 
 def test_train_hands_over_its_settings(command, tmp_path, monkeypatch):
@@ -318,29 +351,6 @@ def test_evaluate_mistakes(refused, tmp_path):
     assert "unknown language 'fr'" in refused("evaluate", "tiny", "--languages", "en,fr")
     assert "at least 1" in refused("evaluate", "tiny", "-n", 0)
     assert "cannot write" in refused("evaluate", "tiny", "-o", tmp_path / "none" / "r.json")
-
-
-def test_compare_writes_results(command, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr("imagen_kit.evaluation.compare.run", lambda *a, **k: calls.append((a, k)))
-    code, _, _ = command(
-        "compare", "tiny", "--samplers", "ddim, heun", "--steps", "4,2", "-n", 3, "-o", tmp_path / "c"
-    )
-    assert code == 0
-    ((_, names, steps, out), settings), = calls  # fmt: skip
-    assert (names, steps, out) == (["ddim", "heun"], [2, 4], tmp_path / "c")
-    assert settings["n"] == 3
-
-
-def test_compare_mistakes(refused, tmp_path):
-    out = ["-o", tmp_path / "c"]
-    assert "did you mean 'ddim'" in refused("compare", "tiny", "--samplers", "dimm", *out)
-    assert "whole numbers" in refused("compare", "tiny", "--steps", "5,x", *out)
-    assert "whole numbers" in refused("compare", "tiny", "--steps", "0", *out)
-    zero = "stages.0.schedule={name: linear, timesteps: 1000, zero_terminal_snr: true}"
-    swap = ["--set", zero, "--set", "stages.0.prediction=v", "--samplers", "ddim,heun"]
-    assert "'heun' does not fit" in refused("compare", "tiny", *swap, *out)
-    assert not (tmp_path / "c").exists()
 
 
 # ---- as a process ------------------------------------------------------------------------------------------

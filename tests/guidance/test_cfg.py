@@ -31,7 +31,18 @@ def inputs(batch: int = 2):
 
 def test_every_strategy_has_a_file_of_tests_here():
     # a new strategy needs tests/guidance/test_<name>.py and its row
-    known = ["cfg", "dynamic_threshold", "interval", "rescale", "static_threshold"]
+    known = [
+        "apg",
+        "autoguidance",
+        "cads",
+        "cfg",
+        "cfg_pp",
+        "cfg_zero",
+        "compose",
+        "dynamic_threshold",
+        "interval",
+    ]
+    known += ["pag", "perp_neg", "rescale", "scheduled", "slg", "static_threshold"]
     assert guidance.names() == known
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
@@ -76,30 +75,6 @@ def run_schedule(run: dict[str, Any]) -> Schedule:
     return schedules.create(config["beta_schedule"], zero_terminal_snr=zero, **betas)
 
 
-def run_grid(run: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, list[float]], str]:
-    """The recorded grid as ``sample`` takes it (timesteps= or sigmas=), and the sampler's ``final``."""
-    key = run["key"]
-    end_alpha, end_sigma = run["final_alpha_sigma"] or (1.0, 0.0)
-    if run["config"].get("interpolation_type") == "log_linear":
-        # This table has one sigma more than there are calls: the last call ends at the schedule's smallest.
-        end_alpha, end_sigma = run_schedule(run).alpha_sigma(0.0)
-    if run["kind"] == "vp_discrete":
-        grid = tensors[f"{key}.timesteps"].tolist()
-        if end_sigma == 0:
-            return {"timesteps": grid}, "zero"
-        return {"timesteps": grid if grid[-1] == 0 else [*grid, 0.0]}, "sigma_min"
-    pairs = zip(tensors[f"{key}.eval_alpha"].tolist(), tensors[f"{key}.eval_sigma"].tolist(), strict=True)
-    ratios = [sigma / alpha if alpha else math.inf for alpha, sigma in pairs]
-    if end_sigma:
-        ratios.append(end_sigma / end_alpha)
-    # Two-stage methods evaluate twice at a sigma, and some grids repeat their last: one entry each.
-    grid = ratios[:1] + [after for before, after in pairwise(ratios) if after < before * (1 - 1e-12)]
-    if run["flow"] or run["kind"] == "flow":
-        grid = [ratio / (1 + ratio) if ratio < math.inf else 1.0 for ratio in grid]
-    name = "timesteps" if run["flow"] or run["kind"] == "flow" else "sigmas"
-    return {name: grid}, "sigma_min" if end_sigma else "zero"
-
-
 class EagerRun:
     """The same interface as a traced run, computing on tensors: a formula run the plain way."""
 
@@ -118,8 +93,15 @@ class EagerRun:
     def steps(self) -> list[tuple[int, Point, Point]]:
         return [(i, now, then) for i, (now, then) in enumerate(pairwise(self.points))]
 
-    def denoise(self, x: Tensor, at: Point) -> Tensor:
-        return self._denoise(x, at.t)
+    def denoise(self, x: Tensor, at: Point, also: tuple[str, ...] = ()) -> Tensor | tuple[Tensor, ...]:
+        return self._denoise.parts(x, at.t, also) if also else self._denoise(x, at.t)  # type: ignore[attr-defined]
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x
+
+    def point(self, lam: float) -> Point:
+        t = self.schedule.t_of_log_snr(2 * lam)
+        return Point(t, *self.schedule.alpha_sigma(t))
 
     def step(self, x: Tensor) -> Tensor:
         self.states.append(x)

@@ -13,7 +13,7 @@ from sampler_oracles import group, run_schedule
 
 from imagen_kit import samplers, schedules
 from imagen_kit.errors import KitError
-from imagen_kit.samplers.grid import SPACINGS, explicit, grid
+from imagen_kit.samplers.grid import ALIGNED, SPACINGS, explicit, grid
 
 SD = schedules.create("scaled_linear")
 
@@ -134,3 +134,70 @@ def test_explicit_grids_end_where_they_should() -> None:
 def test_grids_that_cannot_be(timesteps: Any, sigmas: Any, rule: str) -> None:
     with pytest.raises(KitError, match=rule):
         explicit(schedules.create("flow"), timesteps, sigmas, "zero")
+
+
+def test_beta_spacing_is_even_in_the_distribution() -> None:
+    """Times are quantiles of Beta(0.6, 0.6): its distribution function brings them back to an even grid."""
+    special = pytest.importorskip("scipy.special")
+
+    def shares(final: str, steps: int) -> np.ndarray:
+        return special.betainc(0.6, 0.6, [point.t / 999 for point in grid(SD, steps, "beta", final)])
+
+    np.testing.assert_allclose(shares("sigma_min", 12), np.linspace(1, 0, 13), atol=1e-12)
+    np.testing.assert_allclose(shares("zero", 4)[:-1], [1, 0.75, 0.5, 0.25], atol=1e-12)
+    gaps = -np.diff([point.t for point in grid(SD, 12, "beta", "sigma_min")])
+    assert gaps[0] < gaps[6] > gaps[-1]  # denser at both ends
+    # Through the schedule's shift, as every spacing in time.
+    flow = schedules.create("flow", shift=3.0, t_min=0.0, t_max=1.0)
+    plain = schedules.create("flow", t_min=0.0, t_max=1.0)
+    moved = [3 * p.t / (1 + 2 * p.t) for p in grid(plain, 5, "beta", "sigma_min")]
+    assert [p.t for p in grid(flow, 5, "beta", "sigma_min")] == pytest.approx(moved)
+
+
+def test_beta_spacing_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scipy.special", None)
+    with pytest.raises(KitError, match="spacing 'beta' needs scipy: pip install scipy"):
+        grid(SD, 4, "beta", "zero")
+
+
+@pytest.mark.parametrize(
+    ("spacing", "model", "schedule"),
+    [
+        ("align_your_steps", "sd15", SD),
+        ("align_your_steps_sdxl", "sdxl", SD),
+        ("align_your_steps", "svd", schedules.create("edm", sigma_min=0.002, sigma_max=700.0)),
+    ],
+)
+def test_aligned_steps_are_the_published_lists(spacing: str, model: str, schedule: Any) -> None:
+    ratios = [point.ratio for point in grid(schedule, 10, spacing, "sigma_min")]
+    np.testing.assert_allclose(ratios, ALIGNED[model], rtol=1e-6)  # the lists have ten digits
+    # The authors replace the list's last level by 0.
+    open_ratios = [point.ratio for point in grid(schedule, 10, spacing, "zero")]
+    np.testing.assert_allclose(open_ratios, [*ALIGNED[model][:-1], 0], rtol=1e-6)
+
+
+def test_aligned_steps_are_interpolated_in_the_logarithm() -> None:
+    ratios = [point.ratio for point in grid(SD, 20, "align_your_steps", "sigma_min")]
+    np.testing.assert_allclose(ratios[::2], ALIGNED["sd15"], rtol=1e-6)
+    middle = [math.sqrt(a * b) for a, b in pairwise(ratios[::2])]
+    np.testing.assert_allclose(ratios[1::2], middle, rtol=1e-9)
+
+
+def test_aligned_steps_stretch_to_other_schedules() -> None:
+    flow = schedules.create("flow")
+    logs = np.log([point.ratio for point in grid(flow, 10, "align_your_steps", "sigma_min")])
+    listed = np.log(ALIGNED["sd15"])
+    shape = (listed - listed[-1]) / (listed[0] - listed[-1])
+    np.testing.assert_allclose((logs - logs[-1]) / (logs[0] - logs[-1]), shape, atol=1e-9)
+
+
+@pytest.mark.parity
+def test_aligned_lists_are_those_of_diffusers() -> None:
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    names = {
+        "sd15": "StableDiffusionSigmas",
+        "sdxl": "StableDiffusionXLSigmas",
+        "svd": "StableDiffusionVideoSigmas",
+    }
+    for model, name in names.items():  # three decimals there, of other digits than the authors' own list
+        np.testing.assert_allclose(ALIGNED[model][:-1], utils.AysSchedules[name][:-1], rtol=1e-3, atol=2e-3)

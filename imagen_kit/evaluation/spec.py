@@ -1,0 +1,108 @@
+"""Parts written on a command line: ``ddim``, ``edm:s_churn=40:spacing=karras``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import yaml
+
+from imagen_kit.errors import KitError
+from imagen_kit.recipe import check
+
+GRID_OPTIONS = ("spacing", "final", "offset", "rho")
+"""Options of a recipe's sampler that a swapped one keeps."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sampler of a comparison.
+
+    Attributes:
+        label: what tables and plots call it.
+        sampler: the object.
+        part: what a recipe would say of it: its name and the options that were given.
+    """
+
+    label: str
+    sampler: Any
+    part: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``name``, ``order`` and ``options``, as JSON writes them."""
+        sampler = self.sampler
+        options = {f.name: getattr(sampler, f.name) for f in fields(sampler)} if is_dataclass(sampler) else {}
+        plain = {
+            k: v if isinstance(v, bool | int | float | str | None) else repr(v) for k, v in options.items()
+        }
+        return {
+            "name": getattr(sampler, "name", type(sampler).__name__),
+            "order": getattr(sampler, "order", None),
+            "options": plain,
+        }
+
+
+def parse_part(text: str) -> tuple[str, dict[str, Any]]:
+    """``"edm:s_churn=40"`` → ("edm", {"s_churn": 40}); values as YAML writes them.
+
+    Raises:
+        KitError: an option without ``=`` or given twice.
+    """
+    name, *pairs = (word.strip() for word in text.split(":"))
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key or not value:
+            raise KitError(f"{text!r}: write options as NAME:OPTION=VALUE, not {pair!r}")
+        if key in options:
+            raise KitError(f"{text!r}: option {key!r} is given twice")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            options[key] = value
+    return name, options
+
+
+def create(kind: str, text: str, keep: Mapping[str, Any] | None = None) -> Any:
+    """Build a part from its text.
+
+    Args:
+        kind: ``sampler``, ``schedule``, ...
+        text: see ``parse_part``.
+        keep: options to add where the part takes them and the text does not give them.
+
+    Raises:
+        KitError: unknown name or option, or a value of the wrong type or range.
+    """
+    name, options = _checked(kind, text, keep or {})
+    return check.registries()[kind].create(name, **options)
+
+
+def make_entries(texts: Sequence[str], keep: Mapping[str, Any] | None = None) -> list[Entry]:
+    """Samplers from their texts, without doubles, in the order given; KitError as in ``create``."""
+    entries = []
+    for text in dict.fromkeys(texts):
+        name, options = _checked("sampler", text, keep or {})
+        sampler = check.registries()["sampler"].create(name, **options)
+        entries.append(Entry(text, sampler, {"name": name, **options}))
+    return entries
+
+
+def _checked(kind: str, text: str, keep: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options, those of ``keep`` among them that the part takes."""
+    registry = check.registries()[kind]
+    name, options = parse_part(text)
+    missing = set(registry.check(name, {}))
+    for key, value in keep.items():
+        if set(registry.check(name, {key: value})) <= missing:
+            options.setdefault(key, value)
+    for fault in check.option_faults(registry, {"name": name, **options}, kind):
+        raise KitError(f"{text!r}: {fault.path.removeprefix(kind + '.')}: {fault.message}")
+    return name, options
+
+
+def grid_options(sampler: Any) -> dict[str, Any]:
+    """The grid options of a sampler, for others to keep."""
+    return {key: getattr(sampler, key) for key in GRID_OPTIONS if hasattr(sampler, key)}
