@@ -31,6 +31,7 @@ _MODULES = (
     "denoisers",
     "evaluation",
     "guidance",
+    "interop",
     "prediction",
     "recipe",
     "samplers",

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+_EMBEDDED = ("low_res_level", "size", "guidance")
+
 
 @dataclass(frozen=True)
 class TextEmbeddings:
@@ -39,6 +41,7 @@ class Cond:
         low_res: (b, c, h, w) low-resolution picture in [-1, 1], already noised and resized to x's size.
         low_res_level: (b,) its noise level in [0, 1].
         size: (b, k) size and crop numbers (SDXL, PixArt).
+        guidance: (b,) scale told to a network distilled from guided ones (FLUX.1-dev).
     """
 
     tokens: Tensor | None = None
@@ -48,6 +51,7 @@ class Cond:
     low_res: Tensor | None = None
     low_res_level: Tensor | None = None
     size: Tensor | None = None
+    guidance: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
         """The same conditioning with ``function`` applied to every tensor present."""
@@ -57,12 +61,12 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Move; ``dtype`` changes embeddings and pictures.
 
-        Numbers that are embedded (noise level, sizes) stay as they are: in bfloat16 a level times 1000 would be
-        off by up to 2.
+        Numbers that are embedded (noise level, sizes, guidance) stay as they are: in bfloat16 a level times
+        1000 would be off by up to 2.
         """
 
         def move(name: str, value: Tensor) -> Tensor:
-            cast = dtype is not None and value.is_floating_point() and name not in ("low_res_level", "size")
+            cast = dtype is not None and value.is_floating_point() and name not in _EMBEDDED
             return value.to(device=device, dtype=dtype if cast else None)
 
         present = {f.name: getattr(self, f.name) for f in fields(self)}

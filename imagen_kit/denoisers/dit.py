@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +30,43 @@ from imagen_kit.denoisers.layers.transformer import (
 from imagen_kit.errors import KitError, unknown
 
 RUNTIME = {"checkpointing": False, "channels_last": False}
+DETAILS: dict[str, float] = {
+    "frequency_shift": 0.0,
+    "mlp_norm_eps": 1e-6,
+    "mlp_ratio": 4.0,
+    "null_class": True,
+    "block_embedders": False,
+}
 TEXT_HEAD = 32  # head width of the text adapter, which must divide the width of a network with text
 
 
 class LabelEmbedder(nn.Module):
-    """A vector per class and one more, the last, for "no class"."""
+    """A vector per class and, unless ``null_class`` is False, one more, the last, for "no class"."""
 
-    def __init__(self, num_classes: int, dim: int):
+    def __init__(self, num_classes: int, dim: int, null_class: bool = True):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.embedding_table = nn.Embedding(num_classes + null_class, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
         """(b,) int64 → (b, dim)."""
         return self.embedding_table(labels)
 
 
-def _norm(dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+class OwnEmbedder(nn.Module):
+    """Time and label embedder of one block alone: diffusers keeps such a pair in every block."""
+
+    def __init__(self, dim: int, num_classes: int, details: Mapping[str, Any], scale: float):
+        super().__init__()
+        self.t_embedder = TimestepEmbedder(dim, scale=scale, shift=details["frequency_shift"])
+        self.y_embedder = LabelEmbedder(num_classes, dim, details["null_class"])
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        """(b,), (b,) → (b, dim)."""
+        return self.t_embedder(t) + self.y_embedder(labels)
+
+
+def _norm(dim: int, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
 
 
 class DiTBlock(nn.Module):
@@ -56,14 +77,16 @@ class DiTBlock(nn.Module):
     zero like the gates.
     """
 
-    def __init__(self, dim: int, heads: int, text: bool):
+    is_residual = True  # read by guidance that changes layers
+
+    def __init__(self, dim: int, heads: int, text: bool, details: Mapping[str, Any] = DETAILS):
         super().__init__()
         self.norm1 = _norm(dim)
         self.attn = SelfAttention(dim, heads)
         self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if text else None
         self.cross_attn = CrossAttention(dim, heads) if text else None
-        self.norm2 = _norm(dim)
-        self.mlp = Mlp(dim)
+        self.norm2 = _norm(dim, details["mlp_norm_eps"])
+        self.mlp = Mlp(dim, details["mlp_ratio"])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -90,6 +113,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def _chosen(what: str, given: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    for name in given or {}:
+        if name not in defaults:
+            raise KitError(unknown(f"dit {what}", name, defaults))
+    return {**defaults, **(given or {})}
+
+
 @register("dit")
 class DiT(nn.Module):
     """DiT: transformer over patches with adaLN-Zero conditioning, class labels, and text by cross-attention.
@@ -112,10 +142,15 @@ class DiT(nn.Module):
         time_scale: factor on native time inside the time embedding (see ``Schedule.time_scale``).
         runtime: ``{"checkpointing": bool, "channels_last": bool}``: recompute activations in the backward
             pass; patchify in channels-last memory.
+        details: where published variants differ; the defaults are the official code's.
+            ``frequency_shift``: of the time embedding (diffusers: 1); ``mlp_norm_eps``: epsilon of the norm
+            before the MLP (diffusers: 1e-5); ``mlp_ratio``: width of the MLP in widths of a token;
+            ``null_class``: there is a vector for "no class"; ``block_embedders``: every block has time and
+            label embedders of its own, the last layer those of the first block (diffusers).
 
     Raises:
-        KitError: a width that heads do not divide, an unknown runtime option; when called, a missing or
-            misshapen input.
+        KitError: a width that heads do not divide, an unknown runtime option or detail; when called, a
+            missing or misshapen input.
     """
 
     def __init__(
@@ -133,13 +168,14 @@ class DiT(nn.Module):
         low_res_channels: int = 0,
         time_scale: float = 1.0,
         runtime: Mapping[str, bool] | None = None,
+        details: Mapping[str, float] | None = None,
     ):
         super().__init__()
         self._check(patch_size, width, depth, heads, context_dim is not None)
-        for option in runtime or {}:
-            if option not in RUNTIME:
-                raise KitError(unknown("dit runtime option", option, RUNTIME))
-        options = {**RUNTIME, **(runtime or {})}
+        options = _chosen("runtime option", runtime, RUNTIME)
+        variant = _chosen("detail", details, DETAILS)
+        if variant["block_embedders"] and num_classes is None:
+            raise KitError("dit detail 'block_embedders' needs class labels: give num_classes")
         self.checkpointing, self.channels_last = options["checkpointing"], options["channels_last"]
         self.inputs = Inputs(
             "dit", in_channels, patch_size, context_dim, pooled_dim, num_classes, low_res_channels
@@ -148,10 +184,19 @@ class DiT(nn.Module):
         self.patch_size, self.width = patch_size, width
 
         self.x_embedder = PatchEmbed(in_channels + low_res_channels, width, patch_size)
-        self.t_embedder = TimestepEmbedder(width, scale=time_scale)
-        self.y_embedder = None if num_classes is None else LabelEmbedder(num_classes, width)
+        self.t_embedder = self.y_embedder = self.embedders = None
+        if variant["block_embedders"]:
+            self.embedders = nn.ModuleList(
+                OwnEmbedder(width, num_classes or 0, variant, time_scale) for _ in range(depth)
+            )
+        else:
+            self.t_embedder = TimestepEmbedder(width, scale=time_scale, shift=variant["frequency_shift"])
+            if num_classes is not None:
+                self.y_embedder = LabelEmbedder(num_classes, width, bool(variant["null_class"]))
         self.low_res_level = TimestepEmbedder(width, scale=1000.0) if low_res_channels else None
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, context_dim is not None) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, context_dim is not None, variant) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(width, patch_size**2 * self.out_channels)
         self._initialise()
         # last, as it has an initialisation of its own
@@ -183,12 +228,12 @@ class DiT(nn.Module):
             self.x_embedder.proj.weight.flatten(1)
         )  # a matrix in the shape of a convolution
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
-        for embedder in (self.t_embedder, self.low_res_level):
-            if embedder is not None:
-                nn.init.normal_(embedder.mlp[0].weight, std=0.02)  # type: ignore[arg-type]
-                nn.init.normal_(embedder.mlp[2].weight, std=0.02)  # type: ignore[arg-type]
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, TimestepEmbedder):
+                nn.init.normal_(module.mlp[0].weight, std=0.02)  # type: ignore[arg-type]
+                nn.init.normal_(module.mlp[2].weight, std=0.02)  # type: ignore[arg-type]
+            elif isinstance(module, LabelEmbedder):
+                nn.init.normal_(module.embedding_table.weight, std=0.02)
         for block in self.blocks:
             zeroed(block.adaLN_modulation[1])  # type: ignore[index,union-attr,arg-type]
             if block.cross_attn is not None:
@@ -196,17 +241,24 @@ class DiT(nn.Module):
         zeroed(self.final_layer.adaLN_modulation[1])  # type: ignore[arg-type]
         zeroed(self.final_layer.linear)
 
-    def _condition(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
-        """Sum (b, d) of all vectors the blocks are modulated by, adapted text tokens (b, m, d)."""
-        c, context = self.t_embedder(t), None
-        if self.y_embedder is not None and cond.labels is not None:
-            c = c + self.y_embedder(cond.labels)
+    def _condition(self, t: Tensor, cond: Cond) -> tuple[list[Tensor], Tensor | None]:
+        """Per block the sum (b, d) of all vectors it is modulated by; adapted text tokens (b, m, d)."""
+        if self.embedders is not None:
+            vectors = [embedder(t, cond.labels) for embedder in self.embedders]
+        else:
+            assert self.t_embedder is not None
+            c = self.t_embedder(t)
+            if self.y_embedder is not None and cond.labels is not None:
+                c = c + self.y_embedder(cond.labels)
+            vectors = [c] * len(self.blocks)
+        context = None
         if self.text is not None and cond.tokens is not None:
             context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
-            c = c + vector
+            vectors = [c + vector for c in vectors]
         if self.low_res_level is not None and cond.low_res_level is not None:
-            c = c + self.low_res_level(cond.low_res_level)
-        return c, context
+            level = self.low_res_level(cond.low_res_level)
+            vectors = [c + level for c in vectors]
+        return vectors, context
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -222,18 +274,18 @@ class DiT(nn.Module):
         cond = cond or Cond()
         self.inputs.check(x, t, cond)
         picture = self.inputs.picture(x, cond)
-        c, context = self._condition(t, cond)
+        vectors, context = self._condition(t, cond)
         if self.channels_last:
             picture = picture.contiguous(memory_format=torch.channels_last)
         h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         tokens = self.x_embedder(picture)
         tokens = tokens + sincos_positions(h, w, self.width, x.device).to(tokens.dtype)
-        for block in self.blocks:
+        for block, c in zip(self.blocks, vectors, strict=True):
             if self.checkpointing and self.training:
                 tokens = checkpoint(block, tokens, c, context, cond.mask, use_reentrant=False)  # type: ignore[assignment]
             else:
                 tokens = block(tokens, c, context, cond.mask)
-        out = self.final_layer(tokens, c)
+        out = self.final_layer(tokens, vectors[0])
         p = self.patch_size
         patches = out.unflatten(1, (h, w)).unflatten(3, (p, p, -1))  # b h w p p c
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -73,13 +73,20 @@ class Recipe:
         return Pipeline(encoder, stages, self.spec.unconditional).to(device, dtype)
 
     def build_text_encoder(self) -> Any:
-        """The frozen text encoder with its weights."""
-        part = self.spec.text_encoder
+        """The frozen text encoder with its weights; of class labels, what reads prompts as labels."""
+        part, labels = self.spec.text_encoder, self.spec.labels
+        if labels is not None:
+            from imagen_kit.labels import Labels
+
+            return Labels(**{**labels.model_dump(), "names": self._names(labels.names)})
+        assert part is not None
         return check.registries()["text_encoder"].create(
             part.name, **source.localised(part.options, self.folder)
         )
 
-    def build_stage_denoiser(self, index: int, text_encoder: Any = None, weights: bool = True) -> nn.Module:
+    def build_stage_denoiser(
+        self, index: int, text_encoder: Any = None, weights: bool = True, network: str | None = None
+    ) -> nn.Module:
         """The denoiser of stage ``index``, in float32 on the CPU.
 
         Args:
@@ -87,43 +94,76 @@ class Recipe:
             text_encoder: what it is wired to; built when not given, since only then its widths are known.
             weights: load the stage's weight file; without one, or with False, initial values are drawn from
                 torch's global generator.
+            network: one of the stage's further networks instead.
         """
         stage = self.stages[index]
+        chosen = stage if network is None else stage.networks[network]
         encoder = self.build_text_encoder() if text_encoder is None else text_encoder
-        text = {"context_dim": encoder.dim, "pooled_dim": encoder.pooled_dim}
-        self._require_agreement(index, text)
-        dimensions = {**check.dimensions(stage, index), **text}
+        path = f"stages.{index}" + ("" if network is None else f".networks.{network}")
+        options = self.denoiser_options(index, encoder, network)
         registry = check.registries()["denoiser"]
-        options = check.wired(registry, stage.denoiser.name, stage.denoiser.options, dimensions)
-        module = registry.create(stage.denoiser.name, **options)
-        if weights and stage.weights != "random":
-            from imagen_kit.weights import load_strict
+        if weights and chosen.weights != "random":
+            from imagen_kit.recipe.loading import load_network
 
-            load_strict(module, self.weight_file(index))
-        return module
+            try:
+                return load_network(
+                    "denoiser", registry, chosen.denoiser.name, options, self.weight_file(index, network)
+                )
+            except KitError as error:
+                raise RecipeError(self.source, [Fault(f"{path}.weights", str(error))]) from error
+        return registry.create(chosen.denoiser.name, **options)
 
-    def build_stage_parts(self, index: int) -> dict[str, Any]:
-        """Everything of stage ``index`` that holds no weights: schedule, codec, sampler and guidance."""
+    def denoiser_options(self, index: int, encoder: Any, network: str | None = None) -> dict[str, Any]:
+        """The arguments of a stage's denoiser (or further network), wired to what reads the prompts."""
+        stage = self.stages[index]
+        part = (stage if network is None else stage.networks[network]).denoiser
+        path = f"stages.{index}" + ("" if network is None else f".networks.{network}")
+        if self.spec.labels is not None:
+            text = {"num_classes": self.spec.labels.classes}
+        else:
+            text = {"context_dim": encoder.dim, "pooled_dim": encoder.pooled_dim}
+        self._require_agreement(f"{path}.denoiser", part, text)
+        dimensions = {**check.dimensions(stage, index), **text}
+        return check.wired(check.registries()["denoiser"], part.name, part.options, dimensions)
+
+    def build_stage_parts(self, index: int, weights: bool = False) -> dict[str, Any]:
+        """Schedule, codec, sampler and guidance of stage ``index``; the codec's weights only if asked for."""
         stage, kinds = self.stages[index], check.registries()
-        parts = {key: getattr(stage, key) for key in ("schedule", "codec", "sampler")}
+        parts = {key: getattr(stage, key) for key in ("schedule", "sampler")}
         built = {key: kinds[key].create(part.name, **part.options) for key, part in parts.items()}
+        built["codec"] = self._codec(index, weights)
         built["guidance"] = tuple(kinds["guidance"].create(p.name, **p.options) for p in stage.guidance)
         return built
 
-    def weight_file(self, index: int) -> Path:
-        """Where the weights of stage ``index`` lie: beside the recipe, else from the working folder.
+    def weight_file(self, index: int, network: str | None = None) -> Path:
+        """Where the weights of stage ``index`` (or of a further network of it) lie.
+
+        That is beside the recipe, else from the working folder, else on the hub.
 
         Raises:
             KitError: there is no such file, with the nearest one.
         """
-        from imagen_kit import weights_path
+        from imagen_kit.recipe.loading import locate
 
-        weights = self.stages[index].weights
-        if weights.startswith(weights_path.PREFIX):
-            return weights_path.resolve(weights)
-        here = Path(weights).expanduser()
-        beside = self.folder / here
-        return weights_path.resolve(here if here.exists() and not beside.exists() else beside)
+        stage = self.stages[index]
+        return locate((stage if network is None else stage.networks[network]).weights, self.folder)
+
+    def _codec(self, index: int, weights: bool) -> Any:
+        part, registry = self.stages[index].codec, check.registries()["codec"]
+        if not weights or part.weights in (None, "random"):
+            return registry.create(part.name, **part.options)
+        from imagen_kit.recipe.loading import load_network, locate
+
+        try:
+            return load_network(
+                "codec", registry, part.name, part.options, locate(str(part.weights), self.folder)
+            )
+        except KitError as error:
+            raise RecipeError(self.source, [Fault(f"stages.{index}.codec.weights", str(error))]) from error
+
+    def _names(self, names: str | None) -> str | Path | None:
+        beside = self.folder / (names or "")
+        return beside if names and beside.is_file() else names
 
     def _stage(self, index: int, encoder: Any, weights: bool) -> Any:
         from imagen_kit.pipeline import Stage
@@ -131,6 +171,10 @@ class Recipe:
         stage = self.stages[index]
         with _seeded(index):  # a stage with random weights is the same network every time
             denoiser = self.build_stage_denoiser(index, encoder, weights)
+            networks = {
+                name: self.build_stage_denoiser(index, encoder, weights, network=name)
+                for name in stage.networks
+            }
         return Stage(
             name=stage.name,
             denoiser=denoiser,
@@ -139,30 +183,37 @@ class Recipe:
             steps=stage.sampler.steps,
             low_res_level=stage.low_res_level,
             sigma_data=stage.sigma_data,
-            **self.build_stage_parts(index),
+            networks=networks,
+            execution=stage.execution,
+            told=stage.told.model_dump(exclude_none=True),
+            **self.build_stage_parts(index, weights),
         )
 
     def _require_weights(self) -> None:
         """All missing or damaged weight files at once, before the first is loaded."""
-        from imagen_kit.weights import read_header
+        from imagen_kit.recipe.loading import inspect_file, locate
 
         faults = []
         for index, stage in enumerate(self.stages):
-            if stage.weights != "random":
-                try:
-                    read_header(self.weight_file(index))
-                except KitError as error:
-                    faults.append(Fault(f"stages.{index}.weights", str(error)))
+            named = [("", stage.weights, "denoiser"), (".codec", stage.codec.weights, "codec")]
+            named += [(f".networks.{key}", part.weights, "denoiser") for key, part in stage.networks.items()]
+            for key, weights, kind in named:
+                if weights not in (None, "random"):
+                    try:
+                        inspect_file(locate(str(weights), self.folder), kind)
+                    except KitError as error:
+                        faults.append(Fault(f"stages.{index}{key}.weights", str(error)))
         if faults:
             raise RecipeError(self.source, faults)
 
-    def _require_agreement(self, index: int, dimensions: dict[str, Any]) -> None:
+    def _require_agreement(self, path: str, part: Part, dimensions: dict[str, Any]) -> None:
         """A dimension typed in the recipe although it is wired must at least be the right one."""
-        typed = self.stages[index].denoiser.options
+        typed = part.options
+        whose = "the text encoder's" if self.spec.labels is None else "the number of labels"
         faults = [
             Fault(
-                f"stages.{index}.denoiser.{key}",
-                f"is {typed[key]}, but the text encoder's is {value}; leave it out, it is wired",
+                f"{path}.{key}",
+                f"is {typed[key]}, but {whose} is {value}; leave it out, it is wired",
             )
             for key, value in dimensions.items()
             if typed.get(key) not in (None, value)

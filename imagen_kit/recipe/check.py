@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,8 +18,11 @@ from imagen_kit.errors import Fault, KitError, unknown
 from imagen_kit.recipe.spec import StageSpec, plain, shorten
 from imagen_kit.registry import Registry
 
-RUN_OPTIONS = {"sampler": ("steps",)}  # keys of a part that are the stage's and not its constructor's
-WIRED = ("in_channels", "image_size", "low_res_channels", "time_scale", "context_dim", "pooled_dim")
+RUN_OPTIONS = {"sampler": ("steps",), "codec": ("weights",)}  # keys of a part that are the stage's and not its constructor's
+WIRED = (
+    *("in_channels", "image_size", "low_res_channels", "time_scale", "context_dim", "pooled_dim", "num_classes"),
+    *("schedule", "prediction"),  # only ideal denoisers ask for these
+)
 ASSUMED_TEXT_DIM = 64  # stands for the encoder's width, which is known only once the encoder is built
 
 
@@ -56,6 +60,8 @@ def dimensions(stage: StageSpec, index: int) -> dict[str, Any]:
         "low_res_channels": codec.channels if index else 0,
         # An edm network is told ln(sigma)/4 in place of native time, whatever the schedule.
         "time_scale": 1.0 if stage.prediction == "edm" else schedule.time_scale,
+        "schedule": schedule,
+        "prediction": stage.prediction,
     }
 
 
@@ -145,7 +151,7 @@ def sampler_faults(sampler: Any, schedule: Any, stage: StageSpec, path: str) -> 
         return
     try:
         rows = sampler.tableau(schedule, stage.sampler.steps).rows
-    except NotImplementedError:
+    except NotImplementedError:  # not linear: it samples in its own way
         return
     except KitError as error:
         yield Fault(f"{path}.sampler", str(error))
@@ -160,36 +166,70 @@ def sampler_faults(sampler: Any, schedule: Any, stage: StageSpec, path: str) -> 
             return
 
 
-def denoiser_faults(registry: Registry, stage: StageSpec, index: int, path: str) -> Iterator[Fault]:
-    """What the denoiser's constructor and one forward pass object to, found on the meta device."""
+def guidance_faults(
+    strategies: Mapping[str, Any], sampler: Any, networks: Sequence[str], null: bool = True
+) -> Iterator[Fault]:
+    """Whether guidance finds the conditionings, the networks and the kind of sampler that it needs.
+
+    Args:
+        strategies: by their paths, in the order they act.
+        sampler: the stage's, or None where it could not be made.
+        networks: names of the stage's further networks.
+        null: whether there is a conditioning for "no prompt"; some class-conditional models have none.
+    """
+    from imagen_kit.guidance.base import TEXT, renoised, require
+
+    for path, strategy in strategies.items():
+        try:
+            asked = [branch.cond for branch in strategy.needs if branch.cond.startswith(TEXT)]
+            if any(not name.removeprefix(TEXT).strip() for name in asked):
+                yield Fault(path, f"the conditioning {TEXT!r} must be followed by a text")
+            if not null and any(branch.cond in ("uncond", "null") for branch in strategy.needs):
+                raise KitError("needs a class for 'no class', which this model has not (labels.null)")
+            require(strategy, ["cond", "uncond", "null", *asked], networks)
+            if sampler is not None:
+                renoised(sampler, [strategy])
+        except KitError as error:
+            hint = f", or {TEXT} and a text" if "conditioning" in str(error) else ""
+            yield Fault(path, str(error) + hint)
+
+
+def denoiser_faults(
+    registry: Registry,
+    stage: StageSpec,
+    index: int,
+    path: str,
+    text: Mapping[str, Any],
+    strategies: Mapping[str, Any] | None = None,
+) -> Iterator[Fault]:
+    """What the denoiser's constructor and one forward pass object to, found on the meta device.
+
+    So is whether it has the layers that ``strategies``, guidance by path, change. ``text`` holds the widths
+    or the number of classes that it is wired to.
+    """
     import torch
 
-    from imagen_kit.conditioning import Cond
+    from imagen_kit.recipe.trial import evaluate, told_faults
 
     known = dimensions(stage, index)
     factory = registry.get(stage.denoiser.name)
-    options = wired(
-        registry, stage.denoiser.name, stage.denoiser.options, {**known, "context_dim": ASSUMED_TEXT_DIM}
-    )
-    side, channels, text = known["image_size"], known["in_channels"], options.get("context_dim")
+    options = wired(registry, stage.denoiser.name, stage.denoiser.options, {**known, **text})
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"):
             module = factory(**options)
-            cond = Cond(
-                tokens=torch.empty(1, 2, text) if text else None,
-                mask=torch.ones(1, 2, dtype=torch.bool) if text else None,
-                low_res=torch.empty(1, known["low_res_channels"], side, side) if index else None,
-                low_res_level=torch.empty(1) if index else None,
-            )
-            module(torch.empty(1, channels, side, side), torch.empty(1), cond)
+        evaluate(module, stage, known, options, text.get("num_classes"))
+        yield from told_faults(module, stage, path.replace("denoiser", "told"), text.get("num_classes"))
+        for here, strategy in (strategies or {}).items():
+            _, found = construct(partial(strategy.fit, module), here)
+            yield from found
     except KitError as error:
         yield Fault(path, str(error))
     except NotImplementedError:
         return  # a part that cannot be tried without memory: real tensors will tell
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if "meta" not in text:
-            yield Fault(path, f"{stage.denoiser.name}: {text}")
+        line = " ".join(str(error).split())
+        if "meta" not in line:
+            yield Fault(path, f"{stage.denoiser.name}: {line}")
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -28,12 +28,53 @@ class SamplerPart(Part):
     steps: int | None = Field(None, ge=1)
 
 
+class CodecPart(Part):
+    """A codec and where its weights lie, as in the stage; None for one without, or at its initial values."""
+
+    weights: str | None = None
+
+
+class ToldSpec(BaseModel):
+    """Numbers that a network is told besides the prompt, the same for every picture.
+
+    ``size``: SDXL's original height and width, top and left of the crop, target height and width; PixArt's
+    height, width and aspect ratio. ``guidance``: the scale that a distilled network obeys (FLUX.1-dev).
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    size: list[float] | None = None
+    guidance: float | None = None
+
+
+class LabelsSpec(BaseModel):
+    """Prompts are class labels: see ``imagen_kit.labels.Labels``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    classes: int = Field(ge=1)
+    names: str | None = None
+    null: bool = True
+
+
+class NetworkSpec(BaseModel):
+    """A further network of a stage that guidance asks for by name, such as the weak one of autoguidance.
+
+    It has the stage's schedule and prediction; ``weights`` as in the stage.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    denoiser: Part
+    weights: str = "random"
+
+
 class StageSpec(BaseModel):
     """One diffusion model of the cascade.
 
     ``size`` is the side of its picture in pixels, ``low_res_level`` the noise level in [0, 1] at which a
-    later stage is shown the picture of the one before, ``weights`` a safetensors file (relative to the
-    recipe; ``package:`` starts in the kit's own weights) or ``random``.
+    later stage is shown the picture of the one before, ``weights`` a checkpoint of any known format (a file
+    or folder relative to the recipe; ``package:`` starts in the kit's own weights; a hub id such as
+    ``owner/name/unet``) or ``random``, ``told`` numbers that the network is told, ``networks`` further
+    networks that guidance asks for, ``execution`` whether what guidance evaluates is one batched call or
+    split.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -42,16 +83,19 @@ class StageSpec(BaseModel):
     schedule: Part
     prediction: str
     sigma_data: float = Field(0.5, gt=0)
-    codec: Part = Part(name="pixel")
+    codec: CodecPart = CodecPart(name="pixel")
     denoiser: Part
     weights: str = "random"
     sampler: SamplerPart
     guidance: list[Part] = []
+    networks: dict[str, NetworkSpec] = {}
+    execution: Literal["batched", "split"] = "batched"
     low_res_level: float = Field(0.0, ge=0, le=1)
+    told: ToldSpec = ToldSpec()
 
 
 class RecipeSpec(BaseModel):
-    """A whole recipe: a text encoder, the stages in order, and how they are trained.
+    """A whole recipe: a text encoder (or class labels in its place), the stages in order, how they are trained.
 
     Only a recipe that pretrains its text encoder (``train.task: text``) has no stages.
 
@@ -62,7 +106,8 @@ class RecipeSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str = Field(min_length=1)
     description: str = ""
-    text_encoder: Part
+    text_encoder: Part | None = None
+    labels: LabelsSpec | None = None
     unconditional: Literal["empty", "zeros"] = "empty"
     stages: list[StageSpec] = []
     train: dict[str, Any] | None = None
@@ -86,6 +131,13 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
             stage.update({key: part(stage[key]) for key in PART_KEYS if key in stage})
             if isinstance(stage.get("guidance"), list):
                 stage["guidance"] = [part(item) for item in stage["guidance"]]
+            if isinstance(stage.get("networks"), dict):
+                stage["networks"] = {
+                    name: {**network, "denoiser": part(network["denoiser"])}
+                    if isinstance(network, dict) and "denoiser" in network
+                    else network
+                    for name, network in stage["networks"].items()
+                }
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from imagen_kit.errors import Fault, unknown
 from imagen_kit.recipe import check
-from imagen_kit.recipe.spec import PART_KEYS, Part, RecipeSpec, StageSpec, structure_faults
+from imagen_kit.recipe.spec import PART_KEYS, LabelsSpec, Part, RecipeSpec, StageSpec, structure_faults
 
 
 def faults(data: dict[str, Any]) -> list[Fault]:
@@ -18,6 +18,7 @@ def faults(data: dict[str, Any]) -> list[Fault]:
     """
     found = [
         *structure_faults(RecipeSpec, data),
+        *prompt_faults(data),
         *stage_faults(data),
         *part_faults(data),
         *train_faults(data),
@@ -26,9 +27,18 @@ def faults(data: dict[str, Any]) -> list[Fault]:
         spec = RecipeSpec.model_validate(data)
         found = [
             *cascade_faults(spec),
-            *(f for i, stage in enumerate(spec.stages) for f in fit_faults(stage, i)),
+            *(f for i, stage in enumerate(spec.stages) for f in fit_faults(stage, i, spec.labels)),
         ]
     return list(dict.fromkeys(found))
+
+
+def prompt_faults(data: dict[str, Any]) -> Iterator[Fault]:
+    """Whether it is said what prompts are: text, or class labels."""
+    text, labels = data.get("text_encoder"), data.get("labels")
+    if text is None and labels is None:
+        yield Fault("text_encoder", "is missing")
+    if text is not None and labels is not None:
+        yield Fault("labels", "stands in place of text_encoder; leave one of them out")
 
 
 def stage_faults(data: dict[str, Any]) -> Iterator[Fault]:
@@ -53,6 +63,13 @@ def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
         guidance = stage.get("guidance")
         for place, part in enumerate(guidance if isinstance(guidance, list) else []):
             yield from check.option_faults(kinds["guidance"], part, f"{path}.guidance.{place}")
+        networks = stage.get("networks")
+        for name, network in (networks if isinstance(networks, dict) else {}).items():
+            part, here = (
+                network.get("denoiser") if isinstance(network, dict) else None,
+                f"{path}.networks.{name}",
+            )
+            yield from check.option_faults(kinds["denoiser"], part, f"{here}.denoiser", check.WIRED)
         if isinstance(stage.get("prediction"), str):
             yield from check.prediction_faults(stage["prediction"], f"{path}.prediction")
 
@@ -72,7 +89,7 @@ def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
         yield Fault("stages.0.low_res_level", "the first stage has no picture before it; leave it out")
 
 
-def fit_faults(stage: StageSpec, index: int) -> Iterator[Fault]:
+def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -> Iterator[Fault]:
     """Ranges that constructors know, and whether schedule, sampler, prediction and denoiser fit."""
     kinds, path = check.registries(), f"stages.{index}"
     parts: list[tuple[str, str, Part]] = [
@@ -87,8 +104,11 @@ def fit_faults(stage: StageSpec, index: int) -> Iterator[Fault]:
         built[key], found = check.construct(factory, f"{path}.{key}")
         yield from found
     schedule, sampler, codec = built["schedule"], built["sampler"], built["codec"]
+    guidance = {f"{path}.{key}": part for key, part in built.items() if key.startswith("guidance.") and part}
     if schedule is not None and sampler is not None:
         yield from check.sampler_faults(sampler, schedule, stage, path)
+    null = labels is None or labels.null
+    yield from check.guidance_faults(guidance, sampler, list(stage.networks), null)
     if codec is None or schedule is None:
         return
     if stage.size % codec.factor:
@@ -97,7 +117,11 @@ def fit_faults(stage: StageSpec, index: int) -> Iterator[Fault]:
             f"must be a multiple of {codec.factor} (codec {stage.codec.name}), not {stage.size}",
         )
     else:
-        yield from check.denoiser_faults(kinds["denoiser"], stage, index, f"{path}.denoiser")
+        text = {"context_dim": check.ASSUMED_TEXT_DIM} if labels is None else {"num_classes": labels.classes}
+        yield from check.denoiser_faults(kinds["denoiser"], stage, index, f"{path}.denoiser", text, guidance)
+        for name, network in stage.networks.items():
+            other, here = stage.model_copy(update={"denoiser": network.denoiser}), f"{path}.networks.{name}"
+            yield from check.denoiser_faults(kinds["denoiser"], other, index, f"{here}.denoiser", text)
 
 
 def train_faults(data: dict[str, Any]) -> Iterator[Fault]:

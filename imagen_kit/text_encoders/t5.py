@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.text_encoders import huggingface, register
-from imagen_kit.text_encoders.tokenizers import ByteTokenizer, Tokenizer
+from imagen_kit.text_encoders.tokenizers import ByteTokenizer, MissingTokenizer, Tokenizer
 from imagen_kit.text_encoders.transformer import TransformerEncoder
 
 _KEYS = ("d_model", "d_ff", "num_heads", "num_layers", "d_kv", "vocab_size", "feed_forward_proj")
@@ -67,7 +67,7 @@ class T5TextEncoder(TransformerEncoder):
             Default ``small``.
         tokenizer: ``auto`` (the folder's own; bytes where the vocabulary is ByT5's and the folder has none),
             ``bytes``, or a folder or hub id. ``auto`` means bytes for random weights, folded into a smaller
-            vocabulary.
+            vocabulary; ``none`` leaves them without one.
         max_length: most tokens of a prompt, end token included (Imagen: 128); longer prompts are cut.
         layer: ``last``, ``penultimate`` or a negative number; T5's final norm is applied to all of them.
         padding: ``masked``; ``kept`` for DeepFloyd IF; ``attended`` for SD3 and FLUX.
@@ -146,6 +146,8 @@ def _build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = kinds[kind][1](settings)
+        if tokenizer == "none":
+            return network, MissingTokenizer("t5")
         if tokenizer not in ("auto", "bytes"):
             return network, huggingface.tokenizer(tokenizer)
         return network, ByteTokenizer(settings.vocab_size)

@@ -77,6 +77,25 @@ class BpeTokenizer:
         return out
 
 
+class MissingTokenizer:
+    """Stands in for the tokenizer of weights that came without one, and says so when it is given text.
+
+    Args:
+        kind: registered name of the text encoder.
+    """
+
+    pad_id = 0
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __call__(self, prompts: Sequence[str], max_length: int) -> list[list[int]]:
+        raise KitError(
+            f"text encoder {self.kind!r} came without a tokenizer: put the folder of its tokenizer beside its "
+            "weights, or set 'tokenizer' to a folder or hub id"
+        )
+
+
 class PretrainedTokenizer:
     """Any tokenizer that transformers reads from a folder or the hub (SentencePiece, byte-pair, ...)."""
 

@@ -143,10 +143,14 @@ class DiffusionTask:
 
     @torch.no_grad()
     def preview(self, module: nn.Module, n: int = 16) -> Tensor:
-        """Pictures of held-out captions by the recipe's sampler and guidance, as a grid in [0, 1]."""
+        """Pictures of held-out captions by the recipe's sampler and guidance, as a grid in [0, 1].
+
+        Guidance by another network sits out, since only this one is there.
+        """
         from torchvision.utils import make_grid
 
         from imagen_kit.denoise import denoise_fn
+        from imagen_kit.guidance.base import TEXT, renoised
 
         device = next(module.parameters()).device
         examples = self.dataset.examples(n, self.stage.size, self.low_size)
@@ -162,20 +166,25 @@ class DiffusionTask:
                 "low_res": augment_low_res(examples.low_res.to(device), side, level, grain),
                 "low_res_level": level,
             }
-        cond, uncond = (Cond(tokens=e.tokens, mask=e.mask, pooled=e.pooled, **shared) for e in (told, null))
+        guidance = [s for s in self.guidance if not any(branch.network for branch in s.needs)]
+        texts = {"cond": told, "uncond": null, "null": null}
+        for name in {branch.cond for strategy in guidance for branch in strategy.needs} - set(texts):
+            texts[name] = self._text([name.removeprefix(TEXT)] * n, torch.ones(n, dtype=torch.bool), device)
+        conds = {k: Cond(tokens=e.tokens, mask=e.mask, pooled=e.pooled, **shared) for k, e in texts.items()}
         denoise = denoise_fn(
             module,
             self.schedule,
             self.stage.prediction,
-            cond=cond,
-            uncond=uncond,
-            guidance=self.guidance,
+            cond=conds.pop("cond"),
+            others=conds,
+            guidance=guidance,
             sigma_data=self.stage.sigma_data,
         )
         shape = self.codec.encode(examples.pictures[:1]).shape[1:]
         noise = torch.randn(n, *shape, generator=generator).to(device)
         x = noise * self.schedule.prior_std(self.schedule.t_max)
-        x0 = self.sampler.sample(denoise, x, self.schedule, self.stage.sampler.steps, generator=generator)
+        sampler = renoised(self.sampler, guidance)
+        x0 = sampler.sample(denoise, x, self.schedule, self.stage.sampler.steps, generator=generator)
         return make_grid(self.codec.decode(x0).clamp(-1, 1).cpu() / 2 + 0.5, nrow=math.isqrt(n))
 
     def export(self, weights: dict[str, Tensor], folder: Path, facts: dict[str, Any]) -> None:

@@ -120,7 +120,8 @@ def read_header(path: str | Path) -> dict[str, dict]:
             text = file.read(length) if 2 <= length <= min(size, 100_000_000) else b""
     except OSError as error:
         raise KitError(f"weights {path}: cannot be read: {error.strerror}") from error
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # The same bytes begin a header of that length, so what follows is looked at first.
+    if text[:1] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise KitError(
             f"weights {path}: a pickled PyTorch file, not safetensors; save its tensors as safetensors"
         )

@@ -23,7 +23,7 @@ SIZES = {"s": 32_865_056, "b": 130_315_808, "l": 457_840_672, "xl": 674_834_720}
 
 @pytest.fixture(scope="module")
 def official():
-    with safe_open(DATA / "dit_official.safetensors", "pt") as file:
+    with safe_open(DATA.parent / "checkpoints" / "dit_official.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return json.loads(file.metadata()["config"]), tensors, file.metadata()
 
@@ -132,6 +132,31 @@ def test_sizes_take_the_other_options_of_dit():
         denoisers.create("dit_s_2", width=64)
 
 
+def test_blocks_with_embedders_of_their_own():
+    """Equal embedders in every block are one shared embedder; other details change the answer."""
+    torch.manual_seed(0)
+    shared = DiT(width=16, heads=2, depth=2, num_classes=3).eval()
+    with torch.no_grad():
+        for p in shared.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    state = shared.state_dict()
+    own = {k: v for k, v in state.items() if not k.startswith(("t_embedder", "y_embedder"))}
+    for k, v in state.items():
+        if k not in own:
+            own |= {f"embedders.{i}.{k}": v for i in range(2)}
+    apart = DiT(width=16, heads=2, depth=2, num_classes=3, details={"block_embedders": True}).eval()
+    apart.load_state_dict(own)
+    call = (torch.randn(2, 3, 4, 4), torch.tensor([5.0, 400.0]), Cond(labels=torch.tensor([1, 3])))
+    torch.testing.assert_close(apart(*call), shared(*call))
+    for change in ({"frequency_shift": 1.0}, {"mlp_norm_eps": 0.1}):
+        other = DiT(width=16, heads=2, depth=2, num_classes=3, details=change).eval()
+        other.load_state_dict(state)
+        assert (other(*call) - shared(*call)).abs().max() > 1e-3
+    narrow = DiT(width=16, heads=2, depth=1, num_classes=3, details={"mlp_ratio": 2.5, "null_class": False})
+    assert narrow.blocks[0].mlp.fc1.weight.shape == (40, 16)
+    assert narrow.y_embedder.embedding_table.weight.shape == (3, 16)
+
+
 def test_blocks_start_as_the_identity():
     """adaLN-Zero: gates and the text branch are silent, and only they."""
     torch.manual_seed(0)
@@ -185,6 +210,8 @@ def test_pixels_keep_their_place_within_a_patch():
         ),
         ({"depth": 0}, "depth must be at least 1, not 0"),
         ({"runtime": {"chanels_last": True}}, "did you mean 'channels_last'?"),
+        ({"details": {"norm_eps": 1e-5}}, "did you mean 'mlp_norm_eps'?"),
+        ({"details": {"block_embedders": True}}, "'block_embedders' needs class labels: give num_classes"),
     ],
 )
 def test_impossible_options(options, message):

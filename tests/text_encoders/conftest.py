@@ -43,7 +43,8 @@ class Reference:
 def reference() -> Callable[[str], Reference]:
     def load(name: str) -> Reference:
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "inputs": {}, "outputs": {}}
-        with safe_open(DATA / f"{name}.safetensors", framework="pt") as file:
+        folder = DATA if (DATA / f"{name}.safetensors").is_file() else DATA.parent / "checkpoints"
+        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
             metadata = file.metadata()
             for key in file.keys():  # noqa: SIM118 - not a dict
                 part, inner = key.split(".", 1)

@@ -87,3 +87,20 @@ def test_training_can_go_on_from_shipped_weights():
     fresh = tasks.build(recipe.load("pocket/base", change)).module.state_dict()
     assert all(torch.equal(kept[name], begun[name]) for name in kept)
     assert not torch.equal(kept["stem.weight"], fresh["stem.weight"])
+
+
+def test_previews_take_the_guidance_that_one_network_can_give():
+    weak = "{weak: {denoiser: {name: unet, levels: [{channels: 16, blocks: 1}], head_dim: 16}}}"
+    stack = "{name: cads}, {name: cfg_pp}, {name: compose, weights: {'text:fog': 2.0}}"
+    changes = ["train.stage=base", "stages.0.sampler={name: ddim, steps: 2}", f"stages.0.networks={weak}"]
+    pictures = []
+    for guidance in (f"[{stack}]", f"[{stack}, {{name: autoguidance}}]", "[{name: cfg_pp}]"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            task = tasks.build(recipe.load("tiny", [*changes, f"stages.0.guidance={guidance}"]))
+            for parameter in task.module.parameters():
+                nn.init.normal_(parameter, std=0.1)
+        pictures.append(task.preview(task.module, 4))
+    assert pictures[0].isfinite().all()
+    assert torch.equal(pictures[0], pictures[1])  # the weak network is not there
+    assert not torch.equal(pictures[0], pictures[2])

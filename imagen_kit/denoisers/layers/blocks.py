@@ -5,12 +5,70 @@ Axes: b batch, c channels, h w picture, n text tokens, d width, e embedding widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from imagen_kit.attention import attention
 from imagen_kit.denoisers.layers.embeddings import PictureCoordinates
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
+from imagen_kit.errors import KitError, unknown
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+MODULATIONS = ("scale_shift", "shift")
+RESAMPLES = ("narrowing", "conv", "asymmetric", "residual")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the blocks of one U-Net are made; the defaults are this project's own.
+
+    Attributes:
+        activation: ``silu`` or ``gelu``.
+        modulation: ``scale_shift``: the embedding scales and shifts the second norm (ADM, Imagen); ``shift``: it
+            is added before that norm (DDPM, Stable Diffusion).
+        groups: of every GroupNorm; None lets ``group_norm`` choose.
+        eps: of every GroupNorm.
+        skip_scale: factor on the sum of a residual block and its shortcut (0.7071 in IF's second stage).
+        resample: between levels. ``conv``: a strided convolution down; nearest neighbours and a convolution up.
+            ``narrowing``: the same, but the convolution up goes to the finer level's width at once.
+            ``asymmetric``: ``conv`` whose strided convolution pads right and below only (DDPM). ``residual``: a
+            residual block that resamples inside both branches (ADM's ``resblock_updown``).
+
+    Raises:
+        KitError: a value that is none of these.
+    """
+
+    activation: str = "silu"
+    modulation: str = "scale_shift"
+    groups: int | None = None
+    eps: float = 1e-5
+    skip_scale: float = 1.0
+    resample: str = "narrowing"
+
+    def __post_init__(self) -> None:
+        choices = {"activation": ACTIVATIONS, "modulation": MODULATIONS, "resample": RESAMPLES}
+        for field, names in choices.items():
+            if getattr(self, field) not in names:
+                raise KitError(unknown(f"U-Net {field}", getattr(self, field), names))
+
+    def norm(self, channels: int, eps: float | None = None) -> nn.GroupNorm:
+        """The GroupNorm of this style; KitError where its groups do not divide the channels."""
+        if self.groups is None:
+            return group_norm(channels)
+        if channels % self.groups:
+            raise KitError(f"U-Net of {channels} channels: norm groups {self.groups} must divide them")
+        return nn.GroupNorm(self.groups, channels, eps=self.eps if eps is None else eps)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation, element by element."""
+        return ACTIVATIONS[self.activation](x)
+
+
+OWN = Style()
 
 
 def group_norm(channels: int, largest: int = 32) -> nn.GroupNorm:
@@ -28,47 +86,121 @@ def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
 
 
 class ResBlock(nn.Module):
-    """GroupNorm–SiLU–conv twice with a residual path; the embedding scales and shifts the second norm.
+    """GroupNorm–activation–conv twice with a residual path; the embedding modulates the second norm.
 
-    h = conv2(silu(norm(h)·(1 + scale) + shift)), scale, shift = linear(silu(emb)) (Dhariwal & Nichol 2021).
+    h = conv2(act(norm(h)·(1 + scale) + shift)), scale, shift = linear(act(emb)) (Dhariwal & Nichol 2021), or
+    h = conv2(act(norm(h + linear(act(emb))))) (Ho et al. 2020).
+
+    Args:
+        channels, out_channels: widths before and after.
+        embed_dim: width of the embedding.
+        dropout: before the second convolution.
+        style: of the network.
+        resample: ``down`` halves the picture inside both branches, ``up`` doubles it.
     """
 
-    def __init__(self, channels: int, out_channels: int, embed_dim: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embed_dim: int,
+        dropout: float = 0.0,
+        style: Style = OWN,
+        resample: str | None = None,
+    ):
         super().__init__()
-        self.norm1 = group_norm(channels)
+        self.style, self.resample = style, resample
+        self.norm1 = style.norm(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.embed = nn.Linear(embed_dim, 2 * out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.embed = nn.Linear(embed_dim, (2 if style.modulation == "scale_shift" else 1) * out_channels)
+        self.norm2 = style.norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.is_residual = channels == out_channels and resample is None and style.skip_scale == 1.0
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(b, c, h, w), activated embedding (b, e) → (b, out, h, w)."""
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
-        scale, shift = self.embed(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(self.dropout(nn.functional.silu(h)))
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(b, c, h, w), activated embedding (b, e) → (b, out, h', w'); ``size`` is what ``Grow`` needs."""
+        h, x = self._resized(self.style.activate(self.norm1(x))), self._resized(x)
+        h = self.conv1(h)
+        modulation = self.embed(emb)[:, :, None, None]
+        if self.style.modulation == "shift":
+            h = self.norm2(h + modulation)
+        else:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        out = self.skip(x) + self.conv2(self.dropout(self.style.activate(h)))
+        return out if self.style.skip_scale == 1.0 else out * self.style.skip_scale
+
+
+class Shrink(nn.Conv2d):
+    """Strided convolution to half the side (rounded up; down where the padding is asymmetric)."""
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.asymmetric = asymmetric
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """(b, c, h, w) → (b, c, h/2, w/2); the embedding, which a ``ResBlock`` reads here, is not needed."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Grow(nn.Conv2d):
+    """Nearest neighbours to the size of the next skip connection, then a convolution."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """(b, c, h, w) → (b, out, *size)."""
+        return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
 
 class AttentionBlock(nn.Module):
     """Attention over the picture's cells whose keys and values are joined by those of the text, then an MLP.
 
-    Imagen's base and 64→256 models: K = [text, cells], V likewise, in one softmax.
+    Imagen's base and 64→256 models: K = [text, cells], V likewise, in one softmax. Without places and MLP it is
+    the block of ADM and DDPM (no text) and of DeepFloyd IF.
 
     Args:
         channels: width.
         head_dim: width of a head.
         context_dim: width of adapted text tokens; None for a block without text.
         expansion: hidden width of the MLP over ``channels``; 0 leaves the MLP out (as in ADM).
+        places: tell the cells apart by their place in the picture.
+        norm: of the cells; ``group_norm`` by default.
+        context_norm: GroupNorm of the text, whose statistics run over the token axis (IF); None for none.
+        cells: whether cells attend to each other; False leaves the text as the only keys (IF's second stage).
     """
 
-    def __init__(self, channels: int, head_dim: int = 32, context_dim: int | None = None, expansion: int = 2):
+    is_residual = True  # these marks are read by guidance that changes layers
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int = 32,
+        context_dim: int | None = None,
+        expansion: int = 2,
+        *,
+        places: bool = True,
+        norm: nn.Module | None = None,
+        context_norm: nn.GroupNorm | None = None,
+        cells: bool = True,
+    ):
         super().__init__()
-        self.head_dim = head_dim
-        self.norm = group_norm(channels)
-        self.places = PictureCoordinates(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.head_dim, self.cells = head_dim, cells
+        self.is_self_attention = cells
+        self.norm = group_norm(channels) if norm is None else norm
+        self.places = PictureCoordinates(channels) if places else None
+        self.qkv = nn.Linear(channels, 3 * channels if cells else channels)
+        self.context_norm = context_norm
         self.context = None if context_dim is None else nn.Linear(context_dim, 2 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
         self.mlp = None
@@ -83,18 +215,31 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w), text (b, n, d), mask (b, n) bool → (b, c, h, w)."""
-        b, _, h, w = x.shape
+        h, w = x.shape[-2:]
         cells = to_cells(x)
-        normed = to_cells(self.norm(x)) + self.places(h, w)
-        q, k, v = split_heads(self.qkv(normed), 3, self.head_dim)
-        if self.context is not None and context is not None:
-            tk, tv = split_heads(self.context(context), 2, self.head_dim)
-            k, v = torch.cat([tk, k], dim=2), torch.cat([tv, v], dim=2)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(b, h * w)], dim=1)
-        else:
-            mask = None
+        normed = to_cells(self.norm(x))
+        if self.places is not None:
+            normed = normed + self.places(h, w)
+        q, *own = split_heads(self.qkv(normed), 3 if self.cells else 1, self.head_dim)
+        k, v, mask = self._keys(own, context, mask)
         cells = cells + self.out(join_heads(attention(q, k, v, mask)))
         if self.mlp is not None:
             cells = cells + self.mlp(cells)
         return to_picture(cells, h, w)
+
+    def _keys(
+        self, own: list[Tensor], context: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (b, a, n + h·w, d) of the text and then of the cells, mask (b, n + h·w)."""
+        if self.context is None or context is None:
+            k, v = own
+            return k, v, None
+        if self.context_norm is not None:
+            context = self.context_norm(context.transpose(1, 2)).transpose(1, 2)
+        tk, tv = split_heads(self.context(context), 2, self.head_dim)
+        if not own:
+            return tk, tv, mask
+        k, v = own
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(k), k.shape[2])], dim=1)
+        return torch.cat([tk, k], dim=2), torch.cat([tv, v], dim=2), mask

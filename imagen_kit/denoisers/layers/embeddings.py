@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, *, shift: float = 0.0) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 10_000.0, *, shift: float = 0.0, sin_first: bool = False
+) -> Tensor:
     """Sinusoidal embedding of times (b,) → (b, dim), [cos | sin], float32.
 
     Frequencies max_period^(-i / (dim/2 - shift)), i = 0 … dim/2 - 1 (Ho et al. 2020); ``shift`` is 0 in the
-    ADM and DiT code bases and 1 in the original DDPM.
+    ADM and DiT code bases and 1 in the original DDPM, which also puts the sines first.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
     angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]
-    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    waves = [torch.cos(angles), torch.sin(angles)]
+    embedding = torch.cat(waves[::-1] if sin_first else waves, dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
 
 
@@ -31,16 +34,28 @@ class TimestepEmbedder(nn.Module):
         dim: width of the result.
         frequencies: width of the sinusoidal embedding.
         scale: brings native times to the customary 0…1000.
+        shift, sin_first: of the sinusoids, see ``timestep_embedding``.
+        activation: between the two layers; SiLU by default.
     """
 
-    def __init__(self, dim: int, frequencies: int = 256, scale: float = 1.0):
+    def __init__(
+        self,
+        dim: int,
+        frequencies: int = 256,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        sin_first: bool = False,
+        activation: nn.Module | None = None,
+    ):
         super().__init__()
-        self.frequencies, self.scale = frequencies, scale
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.frequencies, self.scale, self.shift, self.sin_first = frequencies, scale, shift, sin_first
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), activation or nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """(b,) → (b, dim)."""
-        embedding = timestep_embedding(t * self.scale, self.frequencies)
+        embedding = timestep_embedding(
+            t * self.scale, self.frequencies, shift=self.shift, sin_first=self.sin_first
+        )
         return self.mlp(embedding.to(next(self.mlp.parameters()).dtype))
 
 

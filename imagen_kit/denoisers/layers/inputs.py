@@ -24,6 +24,8 @@ class Inputs:
         multiple: that sides must be divisible by.
         context_dim, pooled_dim, num_classes: as in the constructor; None for a part it does without.
         low_res_channels: of the low-resolution picture; 0 for none.
+        low_res_noised: whether the network is told the low-resolution picture's noise level.
+        size_numbers: how many size and crop numbers it is told; 0 for none.
     """
 
     kind: str
@@ -33,6 +35,8 @@ class Inputs:
     pooled_dim: int | None = None
     num_classes: int | None = None
     low_res_channels: int = 0
+    low_res_noised: bool = True
+    size_numbers: int = 0
 
     def check(self, x: Tensor, t: Tensor, cond: Cond) -> None:
         """KitError in one line, naming the first input that does not fit. Looks at shapes alone."""
@@ -59,15 +63,18 @@ class Inputs:
             if self.pooled_dim is not None and cond.pooled is None:
                 raise KitError(f"this {kind} was built with pooled_dim: give it the pooled text in cond")
         if self.low_res_channels:
-            if cond.low_res is None or cond.low_res_level is None:
-                raise KitError(
-                    f"this {kind} is a super-resolution stage: give it low_res and low_res_level in cond"
-                )
+            if cond.low_res is None or (self.low_res_noised and cond.low_res_level is None):
+                needed = "low_res and low_res_level" if self.low_res_noised else "low_res"
+                raise KitError(f"this {kind} is a super-resolution stage: give it {needed} in cond")
             if cond.low_res.shape[1:] != (self.low_res_channels, h, w):
                 raise KitError(
                     f"low_res of shape {tuple(cond.low_res.shape)}: "
                     f"this {kind} needs (b, {self.low_res_channels}, {h}, {w}), resized to x"
                 )
+        if self.size_numbers and cond.size is None:
+            raise KitError(
+                f"this {kind} is told sizes: give it (b, {self.size_numbers}) numbers in cond.size"
+            )
 
     def picture(self, x: Tensor, cond: Cond) -> Tensor:
         """x joined with the low-resolution picture, (b, in + low_res, h, w)."""

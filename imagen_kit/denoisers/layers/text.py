@@ -99,3 +99,51 @@ class TextAdapter(nn.Module):
         if self.pooled is not None and pooled is not None:
             vector = vector + self.pooled(pooled)
         return x, vector
+
+
+class QueryPool(nn.Module):
+    """Attention whose query is the tokens' mean plus a learned vector, over mean and tokens (DeepFloyd IF)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.head_dim = dim // heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) * dim**-0.5)
+        self.k_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) → (b, d)."""
+        mean = x.mean(dim=1, keepdim=True) + self.positional_embedding
+        x = torch.cat([mean, x], dim=1)
+        projected = (self.q_proj(mean), self.k_proj(x), self.v_proj(x))
+        q, k, v = (split_heads(part, 1, self.head_dim)[0] for part in projected)
+        return join_heads(attention(q, k, v)).flatten(1)
+
+
+class TextPool(nn.Module):
+    """Text tokens → a vector for the time embedding, with norms before and after (DeepFloyd IF).
+
+    All tokens count alike, padding too: IF was trained on 77 tokens without a mask.
+
+    Args:
+        context_dim: width of the tokens.
+        embed_dim: width of the vector.
+        heads: of the pooling; divide ``context_dim``.
+
+    Raises:
+        KitError: ``heads`` does not divide ``context_dim``.
+    """
+
+    def __init__(self, context_dim: int, embed_dim: int, heads: int):
+        super().__init__()
+        if context_dim % heads:
+            raise KitError(f"text pooling of width {context_dim}: {heads} heads must divide it")
+        self.norm1 = nn.LayerNorm(context_dim)
+        self.pool = QueryPool(context_dim, heads)
+        self.proj = nn.Linear(context_dim, embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, n, context_dim) → (b, embed_dim)."""
+        return self.norm2(self.proj(self.pool(self.norm1(tokens))))

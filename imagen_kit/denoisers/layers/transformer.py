@@ -14,17 +14,24 @@ from imagen_kit.attention import attention
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells
 
 
-def sincos_positions(h: int, w: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+def sincos_positions(
+    h: int,
+    w: int,
+    dim: int,
+    device: torch.device | str | None = None,
+    steps: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
     """Fixed embedding (h·w, dim) of the cells of a grid: [sin x | cos x | sin y | cos y], float32.
 
     x and y are column and row numbers times 10000^(-i / (dim/4)), i = 0 … dim/4 - 1: the sinusoids of Vaswani
-    et al. (2017) in the two-dimensional form of MAE and DiT. ``dim`` must be a multiple of 4.
+    et al. (2017) in the two-dimensional form of MAE and DiT. ``dim`` must be a multiple of 4. ``steps``: how far
+    apart rows and columns are, 1 but for grids stretched to another size.
     """
     quarter = dim // 4
     exponents = torch.arange(quarter, dtype=torch.float32, device=device) / quarter
     omega = torch.exp(-math.log(10_000.0) * exponents)
-    y = torch.arange(h, dtype=torch.float32, device=device)[:, None] * omega
-    x = torch.arange(w, dtype=torch.float32, device=device)[:, None] * omega
+    y = torch.arange(h, dtype=torch.float32, device=device)[:, None] * steps[0] * omega
+    x = torch.arange(w, dtype=torch.float32, device=device)[:, None] * steps[1] * omega
     ys = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)
     xs = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)
     return torch.cat([xs, ys], -1).reshape(h * w, dim)
@@ -49,6 +56,8 @@ class PatchEmbed(nn.Module):
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention."""
+
+    is_self_attention = True  # read by guidance that changes layers
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -83,10 +92,10 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     """Linear–GELU–Linear, GELU in its tanh form as in DiT."""
 
-    def __init__(self, dim: int, expansion: int = 4):
+    def __init__(self, dim: int, expansion: float = 4):
         super().__init__()
-        self.fc1 = nn.Linear(dim, expansion * dim)
-        self.fc2 = nn.Linear(expansion * dim, dim)
+        self.fc1 = nn.Linear(dim, int(expansion * dim))
+        self.fc2 = nn.Linear(int(expansion * dim), dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) → (..., d)."""
