@@ -61,6 +61,15 @@ def comparison() -> str:
     return "\n".join([*lines, "", *said, "", f"`{found['provenance']['command']}` · {_machine(found)}"])
 
 
+def cost() -> str:
+    """What ``benchmarks/samplers.py`` concludes."""
+    found = json.loads((RESULTS / "samplers-cpu.json").read_text(encoding="utf-8"))
+    lines = [f"- {line}" for line in found["conclusions"]]
+    versions = f"torch {found['versions']['torch']}, diffusers {found['versions']['diffusers']}"
+    machine = f"{found['device']} CPU, {found['threads']} thread(s), {versions}, {found['date'][:10]}"
+    return "\n".join([*lines, "", f"`{found['command']}` · {machine}"])
+
+
 def _machine(found: dict[str, Any]) -> str:
     facts = found["provenance"]
     return f"{facts['device']}, {facts['threads']} thread(s), torch {facts['versions']['torch']}, {facts['date'][:10]}"
@@ -73,6 +82,7 @@ def run() -> None:
         ("list", f"```text\n{listing()}\n```"),
         ("accuracy", accuracy()),
         ("comparison", comparison()),
+        ("cost", cost()),
     ):
         pattern = rf"(<!-- {mark}: .*? -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)

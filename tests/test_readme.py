@@ -44,6 +44,13 @@ def test_the_sampler_choosers_lines_run_as_printed(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("dpmpp_*.png"))) >= 4
 
 
+def test_the_guidance_stack_runs_as_printed():
+    names: dict = {}
+    exec(compile(block("example: guidance"), "README.md", "exec", dont_inherit=True), names)
+    assert names["picture"].shape == (2, 3, 32, 32)
+    assert torch.isfinite(names["picture"]).all()
+
+
 def test_the_list_of_parts_is_the_registrys(capsys):
     from imagen_kit.cli import main
 

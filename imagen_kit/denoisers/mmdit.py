@@ -171,6 +171,8 @@ class MMDiT(nn.Module):
             input, a picture with more patches a side than ``grid``.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         in_channels: int = 3,

@@ -266,7 +266,7 @@ def pixart_xl_2_1024(null_tokens: int = 0, time_scale: float = 1.0, runtime: Run
     return _published(64, 2.0, True, null_tokens=null_tokens, time_scale=time_scale, runtime=runtime)
 
 
-@register("pixart_sigma_xl_2", **_sampling(300))
-def pixart_sigma_xl_2(null_tokens: int = 0, time_scale: float = 1.0, runtime: Runtime = None) -> PixArt:
+@register("pixart_xl_2_sigma", **_sampling(300))
+def pixart_xl_2_sigma(null_tokens: int = 0, time_scale: float = 1.0, runtime: Runtime = None) -> PixArt:
     """PixArt-Σ XL/2 for 1024²: 28 blocks of width 1152, 611 M parameters; 300 tokens of text."""
     return _published(64, 2.0, null_tokens=null_tokens, time_scale=time_scale, runtime=runtime)

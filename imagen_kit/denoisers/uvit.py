@@ -26,7 +26,7 @@ from imagen_kit.denoisers.layers.transformer import PatchEmbed
 from imagen_kit.errors import KitError
 
 RUNTIME = {"checkpointing": False, "channels_last": False}
-DETAILS: dict[str, Any] = {"mlp_ratio": 4.0, "qkv_bias": False, "grid": 16, "text_tokens": 77}
+DETAILS: dict[str, Any] = {"mlp_ratio": 4.0, "qkv_bias": False, "conv": True, "grid": 16, "text_tokens": 77}
 Runtime = Mapping[str, bool] | None
 
 
@@ -102,8 +102,9 @@ class UViT(nn.Module):
         time_scale: factor on native time inside the time embedding (see ``Schedule.time_scale``).
         runtime: ``{"checkpointing": bool, "channels_last": bool}``: recompute activations in the backward
             pass; run convolutions in channels-last memory.
-        details: ``mlp_ratio``: width of the MLP in widths of a token; ``qkv_bias``; ``grid``: side of the grid of
-            training, in patches; ``text_tokens``: how many text tokens have positions.
+        details: ``mlp_ratio``: width of the MLP in widths of a token; ``qkv_bias``; ``conv``: a 3×3 convolution
+            at the end (the published networks over latents have none); ``grid``: side of the grid of training, in
+            patches; ``text_tokens``: how many text tokens have positions.
 
     Raises:
         KitError: a width that heads do not divide, an odd depth, an unknown option; when called, a missing or
@@ -150,7 +151,8 @@ class UViT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, patch_size**2 * self.out_channels)
-        self.final_layer = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)
+        conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)
+        self.final_layer = conv if variant["conv"] else None
         self._initialise()
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -164,7 +166,8 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         zeroed(self.decoder_pred)
-        nn.init.zeros_(self.final_layer.bias)  # type: ignore[arg-type]
+        if self.final_layer is not None:
+            nn.init.zeros_(self.final_layer.bias)  # type: ignore[arg-type]
 
     def _positions(self, m: int, h: int, w: int) -> Tensor:
         """Of time and label, m text tokens and h × w patches: (1, n, d)."""
@@ -220,7 +223,8 @@ class UViT(nn.Module):
         for block in self.out_blocks:
             tokens = self._run(block, tokens, mask, skips.pop())
         out = self.decoder_pred(self.norm(tokens)[:, self.extras + m :])
-        return self.final_layer(from_patches(out, h, w, self.patch_size))
+        picture = from_patches(out, h, w, self.patch_size)
+        return picture if self.final_layer is None else self.final_layer(picture)
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and self.training:

@@ -89,11 +89,24 @@ CASES = {
     "dit-sr": ("dit", {**DIT, **TEXT, "low_res_channels": 3, "patch_size": 4}),
     "mmdit-text": (
         "mmdit",
-        {**DIT, "context_dim": 12, "pooled_dim": 10, "details": {"qk_norm": True, "dual_layers": [0], "grid": 16}},
+        {
+            **DIT,
+            "context_dim": 12,
+            "pooled_dim": 10,
+            "details": {"qk_norm": True, "dual_layers": [0], "grid": 16},
+        },
     ),
     "flux-text": (
         "flux",
-        {"width": 64, "depth": 1, "single_depth": 2, "heads": 4, "context_dim": 12, "pooled_dim": 10, "guidance": True},
+        {
+            "width": 64,
+            "depth": 1,
+            "single_depth": 2,
+            "heads": 4,
+            "context_dim": 12,
+            "pooled_dim": 10,
+            "guidance": True,
+        },
     ),
     "pixart-text": ("pixart", {**DIT, "context_dim": 12}),
     "pixart-sizes": ("pixart", {**DIT, "width": 48, "context_dim": 12, "sizes": True, "null_tokens": 4}),
@@ -101,7 +114,10 @@ CASES = {
         "uvit",
         {**DIT, "num_classes": CLASSES, "learn_sigma": True, "details": {"grid": 4}},
     ),
-    "uvit-text": ("uvit", {**DIT, "context_dim": 12, "details": {"grid": 4, "text_tokens": 16}}),
+    "uvit-text": (
+        "uvit",
+        {**DIT, "context_dim": 12, "details": {"grid": 4, "text_tokens": 16, "conv": False}},
+    ),
 }
 # Named sizes of a class above; tests/denoisers/test_dit.py counts their parameters.
 SIZES = {f"dit_{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)}
@@ -117,7 +133,7 @@ SIZES |= {"flux_dev", "flux_schnell"}
 # tests/denoisers/test_edm2.py counts these.
 SIZES |= {f"edm2_{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")}
 # tests/denoisers/test_pixart.py counts these.
-SIZES |= {"pixart_xl_2", "pixart_xl_2_1024", "pixart_sigma_xl_2"}
+SIZES |= {"pixart_xl_2", "pixart_xl_2_1024", "pixart_xl_2_sigma"}
 # tests/denoisers/test_uvit.py counts these.
 SIZES |= {"uvit_s", "uvit_s_deep", "uvit_m", "uvit_l", "uvit_h"}
 # Closed formulas without weights; tests/denoisers/test_analytic.py judges them.
@@ -125,7 +141,16 @@ ANALYTIC = {"gaussian", "gaussian_mixture", "finite_data"}
 NO_CONVOLUTION = {"flux-text"}
 ANY_SIDE = {"adm-plain", "adm-text"}  # take pictures of any side; see tests/denoisers/test_adm.py
 
-RECOMPUTED = {"Unit", "MPBlock", "DiTBlock", "JointBlock", "DoubleBlock", "SingleBlock", "PixArtBlock", "UViTBlock"}
+RECOMPUTED = {
+    "Unit",
+    "MPBlock",
+    "DiTBlock",
+    "JointBlock",
+    "DoubleBlock",
+    "SingleBlock",
+    "PixArtBlock",
+    "UViTBlock",
+}
 
 every = pytest.mark.parametrize("case", CASES)
 with_text = pytest.mark.parametrize("case", [c for c in CASES if c.endswith(("text", "sr", "sizes"))])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from imagen_kit import checkpoints, denoisers, samplers, schedules
 from imagen_kit.checkpoints.formats import Shapes
@@ -45,6 +46,17 @@ def test_size(name):
     assert sum(p.numel() for p in network.parameters()) == SIZES[name]
     attended = [k for k, m in network.named_modules() if isinstance(m, MPBlock) and m.is_self_attention]
     assert {k.split(".")[1].split("_")[0] for k in attended} == {"2", "3"}  # sides 16 and 8 of 64
+
+
+@pytest.mark.parametrize(("name", "gmac"), [("edm2_s", 102), ("edm2_xxl", 552)])
+def test_cost_of_an_evaluation(name, gmac):
+    """The published multiply-adds of a latent of 64², which count more than matrix products."""
+    with torch.device("meta"):
+        network = denoisers.create(name)
+        told = (torch.empty(1, 4, 64, 64), torch.empty(1), Cond(labels=torch.zeros(1, dtype=torch.long)))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(*told)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, rel=0.015)
 
 
 @pytest.mark.parametrize("name", SIZES)

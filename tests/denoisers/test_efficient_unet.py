@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from imagen_kit import denoisers, guidance, samplers, schedules
 from imagen_kit.conditioning import Cond
@@ -29,6 +30,16 @@ def test_size(name):
     assert count == SIZES[name]
     published, tolerance = PUBLISHED[name]
     assert count == pytest.approx(published, rel=tolerance)
+
+
+def test_cost_of_the_base():
+    """1.56 TFLOP: the base's numbers in DeepFloyd IF's network, whose text and widths out differ a little."""
+    tokens, mask = torch.empty(1, 77, 4096, device="meta"), torch.ones(1, 77, dtype=torch.bool, device="meta")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        denoisers.create("imagen_64")(
+            torch.empty(1, 3, 64, 64), torch.empty(1), Cond(tokens=tokens, mask=mask)
+        )
+    assert counter.get_total_flops() == pytest.approx(1.56e12, rel=0.02)
 
 
 def test_both_super_resolution_networks_share_their_convolutions():

@@ -25,7 +25,7 @@ def shaken(network, seed=0):
 @pytest.mark.parametrize(
     # elements of diffusers' published files; the null caption of the official ones is a buffer
     ("size", "elements"),
-    [("pixart_xl_2", 610_856_096), ("pixart_xl_2_1024", 611_349_152), ("pixart_sigma_xl_2", 610_856_096)],
+    [("pixart_xl_2", 610_856_096), ("pixart_xl_2_1024", 611_349_152), ("pixart_xl_2_sigma", 610_856_096)],
 )
 def test_published_sizes(size, elements):
     with torch.device("meta"):
