@@ -18,7 +18,8 @@ SMALL, LARGE = (1, 4, 8, 8), ((8, 3, 256, 256), (4, 16, 128, 128))
 STEPS = {SMALL: 20, LARGE[0]: 10, LARGE[1]: 10}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-#: Our name → diffusers' scheduler and what makes it that sampler; samplers without one stand alone (EDM is Euler only there).
+#: Our name → diffusers' scheduler and what makes it that sampler. Samplers without one stand alone; edm is one of
+#: them, since diffusers has it with Euler steps only.
 MULTI, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 NOISE_END = {"final_sigmas_type": "sigma_min"}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -117,7 +117,7 @@ def measure(name: str, shape: tuple[int, ...], device: torch.device) -> dict[str
             peer.prepare()
             peer.run()
         except Exception as error:  # an optional package it lacks, a prediction it does not have
-            out["diffusers_failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            out["diffusers_failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             peer = None
     if peer is not None:
         runs["diffusers"], before["diffusers"] = peer.run, peer.prepare

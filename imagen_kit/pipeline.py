@@ -267,14 +267,12 @@ def derive_seed(seed: int, stage: int, purpose: str = "") -> int:
 
 def _told(cond: Cond, told: Mapping[str, Any]) -> Cond:
     """``cond`` with the stage's numbers, the same for every picture."""
-    batch, tokens = cond.batch, next(v for v in (cond.tokens, cond.labels) if v is not None)
-    rows = {
-        name: torch.tensor(value, dtype=torch.float32, device=tokens.device).expand(
-            *(batch, *([len(value)] if isinstance(value, Sequence) else []))
-        )
-        for name, value in told.items()
-    }
-    return replace(cond, **rows) if rows else cond
+    first = next(value for value in (cond.tokens, cond.labels) if value is not None)
+    rows = {}
+    for name, value in told.items():
+        row = torch.tensor(value, dtype=torch.float32, device=first.device)
+        rows[name] = row.expand(len(first), *row.shape)
+    return replace(cond, **rows)
 
 
 def _texts(texts: str | Sequence[str], what: str, may_be_empty: bool = False) -> list[str]:

@@ -94,21 +94,29 @@ def _print_recipe(recipe: Recipe) -> None:
 
     encoder, modules = _hollow(recipe)  # first: it may fail, and then nothing is printed
     typer.echo(f"{typer.style(recipe.name, bold=True)}: {recipe.spec.description}".rstrip(": "))
-    typer.echo(f"text encoder  {_spoken(recipe.spec.text_encoder)}  {_size(encoder)}")
+    labels, text = recipe.spec.labels, recipe.spec.text_encoder
+    if labels is not None:
+        typer.echo(f"labels        {labels.classes} classes" + (", and one for none" if labels.null else ""))
+    elif text is not None:
+        typer.echo(f"text encoder  {_spoken(text)}  {_size(encoder)}")
     total = 0
     for index, stage in enumerate(recipe.stages):
-        parts = recipe.build_stage_parts(index)
+        parts = recipe.build_stage_parts(index, hollow=True)
         spent = cost(parts["sampler"], parts["schedule"], stage.sampler.steps, parts["guidance"])
         total += sum(spent.passes)
         weights = "random weights" if stage.weights == "random" else stage.weights
         typer.echo(f"stage {typer.style(stage.name, bold=True)}  {stage.size}×{stage.size} px, {weights}")
-        typer.echo(f"  denoiser    {_spoken(stage.denoiser)}  {_size(modules[index])}")
+        sizes = _size(modules[index]) + _cost(recipe, index, encoder, modules[index])
+        typer.echo(f"  denoiser    {_spoken(stage.denoiser)}  {sizes}")
         typer.echo(f"  schedule    {_spoken(stage.schedule)}, prediction {stage.prediction}")
-        typer.echo(f"  codec       {_spoken(stage.codec)}")
+        size = f"  {_size(parts['codec'])}" if hasattr(parts["codec"], "parameters") else ""
+        typer.echo(f"  codec       {_spoken(stage.codec)}{size}")
         typer.echo(f"  sampler     {_spoken(stage.sampler)}")
         typer.echo(f"  guidance    {', '.join(map(_spoken, stage.guidance)) or 'none'}")
         if index:
             typer.echo(f"  low-res     noise level {stage.low_res_level:g}")
+        for key, value in stage.told.model_dump(exclude_none=True).items():
+            typer.echo(f"  told        {key} {value}")
         for network, part in stage.networks.items():
             typer.echo(f"  network     {network}: {_spoken(part.denoiser)}, {part.weights} weights")
         typer.echo(f"  evaluations {spent}")
@@ -120,16 +128,21 @@ def _hollow(recipe: Recipe) -> tuple[Any, list[Any]]:
     """Text encoder and denoisers without memory for their weights, to count parameters of any size."""
     import torch
 
-    with torch.device("meta"):
-        try:
-            encoder = recipe.build_text_encoder()
-        except (RuntimeError, KitError):  # loaders of existing weights refuse the meta device
-            encoder = None
-    encoder = recipe.build_text_encoder() if encoder is None else encoder
+    encoder = recipe.hollow_text_encoder()
     with torch.device("meta"):
         return encoder, [
             recipe.build_stage_denoiser(i, encoder, weights=False) for i in range(len(recipe.stages))
         ]
+
+
+def _cost(recipe: Recipe, index: int, encoder: Any, module: Any) -> str:
+    from imagen_kit.recipe import check, trial
+
+    stage, labels = recipe.stages[index], recipe.spec.labels
+    known, options = check.dimensions(stage, index), recipe.denoiser_options(index, encoder)
+    classes, tokens = (None, encoder.max_length) if labels is None else (labels.classes, 0)
+    count = trial.flops(module, stage, known, options, classes, tokens)
+    return "" if count is None else f", {_short(count, 'FLOP')} an evaluation"
 
 
 def _spoken(part: Part) -> str:
@@ -140,8 +153,12 @@ def _spoken(part: Part) -> str:
 
 
 def _size(module: Any) -> str:
-    count = sum(parameter.numel() for parameter in module.parameters())
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    return _short(sum(parameter.numel() for parameter in module.parameters()), "parameters")
+
+
+def _short(count: int, what: str) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
-            return f"{count / unit:.3g} {name} parameters"
-    return f"{count} parameters"
+            text = f"{count / unit:.3g} {name}"
+            return f"{text}{what}" if what == "FLOP" else f"{text} {what}"
+    return f"{count} {what}"

@@ -84,6 +84,25 @@ class Recipe:
             part.name, **source.localised(part.options, self.folder)
         )
 
+    def hollow_text_encoder(self) -> Any:
+        """The text encoder without memory for its weights, which need not be there where its size is given.
+
+        Raises:
+            KitError: weights that are not there, of an encoder whose ``size`` is not given.
+        """
+        import torch
+
+        part = self.spec.text_encoder
+        if part is None:
+            return self.build_text_encoder()
+        registry = check.registries()["text_encoder"]
+        with torch.device("meta"):
+            try:
+                return registry.create(part.name, **source.localised(_weightless(part.options), self.folder))
+            except (RuntimeError, KitError):  # loaders of existing weights refuse the meta device
+                pass
+        return self.build_text_encoder()
+
     def build_stage_denoiser(
         self, index: int, text_encoder: Any = None, weights: bool = True, network: str | None = None
     ) -> nn.Module:
@@ -126,12 +145,21 @@ class Recipe:
         dimensions = {**check.dimensions(stage, index), **text}
         return check.wired(check.registries()["denoiser"], part.name, part.options, dimensions)
 
-    def build_stage_parts(self, index: int, weights: bool = False) -> dict[str, Any]:
-        """Schedule, codec, sampler and guidance of stage ``index``; the codec's weights only if asked for."""
+    def build_stage_parts(self, index: int, weights: bool = False, hollow: bool = False) -> dict[str, Any]:
+        """Schedule, codec, sampler and guidance of stage ``index``.
+
+        Args:
+            index: of the stage.
+            weights: load the codec's.
+            hollow: make the codec without memory for its weights.
+        """
+        import torch
+
         stage, kinds = self.stages[index], check.registries()
         parts = {key: getattr(stage, key) for key in ("schedule", "sampler")}
         built = {key: kinds[key].create(part.name, **part.options) for key, part in parts.items()}
-        built["codec"] = self._codec(index, weights)
+        with torch.device("meta") if hollow else contextlib.nullcontext():
+            built["codec"] = self._codec(index, weights)
         built["guidance"] = tuple(kinds["guidance"].create(p.name, **p.options) for p in stage.guidance)
         return built
 
@@ -240,6 +268,17 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return Recipe(
         RecipeSpec.model_validate(data), str(name_or_path), path.parent, validate.train_config(data)
     )
+
+
+def _weightless(options: Any) -> Any:
+    """A text encoder's options with random weights wherever its size is given, also of nested encoders."""
+    if isinstance(options, list):
+        return [_weightless(item) for item in options]
+    if not isinstance(options, dict):
+        return options
+    out = {key: _weightless(value) if key == "encoders" else value for key, value in options.items()}
+    # Without its weights an encoder has no tokenizer of its own either; none is needed to count.
+    return {**out, "weights": "random"} if out.get("size") is not None else out
 
 
 @contextlib.contextmanager

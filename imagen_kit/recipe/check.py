@@ -18,9 +18,21 @@ from imagen_kit.errors import Fault, KitError, unknown
 from imagen_kit.recipe.spec import StageSpec, plain, shorten
 from imagen_kit.registry import Registry
 
-RUN_OPTIONS = {"sampler": ("steps",), "codec": ("weights",)}  # keys of a part that are the stage's and not its constructor's
+RUN_OPTIONS = {
+    "sampler": ("steps",),
+    "codec": ("weights",),
+    "encoders": ("use",),
+}  # keys of a part that are the stage's and not its constructor's
 WIRED = (
-    *("in_channels", "image_size", "low_res_channels", "time_scale", "context_dim", "pooled_dim", "num_classes"),
+    *(
+        "in_channels",
+        "image_size",
+        "low_res_channels",
+        "time_scale",
+        "context_dim",
+        "pooled_dim",
+        "num_classes",
+    ),
     *("schedule", "prediction"),  # only ideal denoisers ask for these
 )
 ASSUMED_TEXT_DIM = 64  # stands for the encoder's width, which is known only once the encoder is built
@@ -51,9 +63,13 @@ def wired(
 
 def dimensions(stage: StageSpec, index: int) -> dict[str, Any]:
     """What the denoiser of stage ``index`` is told about its surroundings, but for the encoder's widths."""
+    import torch
+
     kinds = registries()
-    codec = kinds["codec"].create(stage.codec.name, **stage.codec.options)
-    schedule = kinds["schedule"].create(stage.schedule.name, **stage.schedule.options)
+    with torch.device("meta"):
+        codec = kinds["codec"].create(stage.codec.name, **stage.codec.options)
+    with torch.device("cpu"):  # its tables are read, also where the caller builds on the meta device
+        schedule = kinds["schedule"].create(stage.schedule.name, **stage.schedule.options)
     return {
         "in_channels": codec.channels,
         "image_size": stage.size // codec.factor,
@@ -83,7 +99,8 @@ def option_faults(registry: Registry, part: Any, path: str, given: tuple[str, ..
         yield Fault(f"{path}.name", str(error))
         return
     keys = inspect.signature(factory).parameters
-    run_keys = RUN_OPTIONS.get(path.rsplit(".", 1)[-1], ())
+    place = next((key for key in reversed(path.split(".")) if not key.isdecimal()), "")
+    run_keys = RUN_OPTIONS.get(place, ())
     options = {key: value for key, value in part.items() if key != "name" and key not in run_keys}
     assumed = {key: None for key in given if key in keys}
     missing = registry.check(name, assumed)

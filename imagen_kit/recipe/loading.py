@@ -108,7 +108,10 @@ def _facts(module: nn.Module) -> Mapping[str, Any]:
     """What a network is fed with and answers."""
     inputs = getattr(module, "inputs", None)
     own = {key: getattr(module, key, None) for key in ("out_channels", "channels", "factor")}
-    return {**(vars(inputs) if inputs else {}), **own}
+    fed = dict(vars(inputs)) if inputs else {}
+    if not fed.get("low_res_channels"):
+        fed.pop("low_res_noised", None)  # means nothing then
+    return {**fed, **own}
 
 
 def _download(hub_id: str) -> Path:
@@ -128,5 +131,7 @@ def _download(hub_id: str) -> Path:
                 break
     except Exception as error:  # its errors are many; one line tells them apart
         line = " ".join(str(error).split())[:200]
-        raise KitError(f"weights {hub_id!r} are no file or folder here, nor to be had from the hub: {line}") from error
+        raise KitError(
+            f"weights {hub_id!r} are no file or folder here, nor to be had from the hub: {line}"
+        ) from error
     return weights_path.resolve(Path(root) / folder)

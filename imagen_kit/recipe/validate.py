@@ -39,6 +39,8 @@ def prompt_faults(data: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("text_encoder", "is missing")
     if text is not None and labels is not None:
         yield Fault("labels", "stands in place of text_encoder; leave one of them out")
+    if isinstance(labels, dict) and labels.get("names") == "imagenet" and labels.get("classes") != 1000:
+        yield Fault("labels.names", f"imagenet has 1000 classes, not {labels.get('classes')}")
 
 
 def stage_faults(data: dict[str, Any]) -> Iterator[Fault]:
@@ -91,6 +93,8 @@ def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
 
 def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -> Iterator[Fault]:
     """Ranges that constructors know, and whether schedule, sampler, prediction and denoiser fit."""
+    import torch
+
     kinds, path = check.registries(), f"stages.{index}"
     parts: list[tuple[str, str, Part]] = [
         ("schedule", "schedule", stage.schedule),
@@ -101,7 +105,8 @@ def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -
     built: dict[str, Any] = {}
     for kind, key, part in parts:
         factory = partial(kinds[kind].create, part.name, **part.options)
-        built[key], found = check.construct(factory, f"{path}.{key}")
+        with torch.device("meta" if kind == "codec" else "cpu"):
+            built[key], found = check.construct(factory, f"{path}.{key}")
         yield from found
     schedule, sampler, codec = built["schedule"], built["sampler"], built["codec"]
     guidance = {f"{path}.{key}": part for key, part in built.items() if key.startswith("guidance.") and part}
@@ -118,6 +123,8 @@ def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -
         )
     else:
         text = {"context_dim": check.ASSUMED_TEXT_DIM} if labels is None else {"num_classes": labels.classes}
+        if stage.told.size is not None and labels is None:  # sizes are joined with pooled text
+            text["pooled_dim"] = check.ASSUMED_TEXT_DIM
         yield from check.denoiser_faults(kinds["denoiser"], stage, index, f"{path}.denoiser", text, guidance)
         for name, network in stage.networks.items():
             other, here = stage.model_copy(update={"denoiser": network.denoiser}), f"{path}.networks.{name}"

@@ -48,7 +48,8 @@ class ClipTextEncoder(TransformerEncoder):
             a whole CLIP), ``package:...``, a hub id (``owner/name``, further segments name a folder in it),
             or ``random``.
         size: for random weights: ``tiny``, ``vit-b-32``, ``vit-l-14``, ``vit-h-14``, ``vit-bigg-14``, or a
-            dict of config fields. Default ``tiny``.
+            dict of config fields. Default ``tiny``. Beside other weights it is what they must have, known
+            without them.
         tokenizer: ``auto`` (the folder's own, else the byte-pair vocabulary that open_clip ships), ``bpe``,
             ``bytes``, or a folder or hub id. Ids are folded into a smaller vocabulary of random weights.
         max_length: most tokens of a prompt, start and end included; None for the tower's own (77).
@@ -147,8 +148,6 @@ def _build(
             torch.manual_seed(seed)
             network = model_class(settings)
         return network, _tokenizer(tokenizer, None, settings)
-    if size is not None:
-        raise KitError(f"clip size {size!r} goes with weights 'random'; {str(weights)!r} has its own")
     source = huggingface.locate(weights)
     settings = huggingface.config(source)
     if settings.model_type not in ("clip", "clip_text_model"):
@@ -160,6 +159,7 @@ def _build(
         width = settings.projection_dim
         settings = settings.text_config
         settings.projection_dim = width
+    huggingface.require_size("clip", source, settings, size, SIZES)
     spare = _SPARE if projection else _SPARE + r"|text_projection\."
     words = _tokenizer(tokenizer, source, settings)
     return huggingface.model(model_class, source, settings, spare), words

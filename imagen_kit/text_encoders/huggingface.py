@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from imagen_kit import weights_path
-from imagen_kit.errors import KitError, nearest
+from imagen_kit.errors import KitError, nearest, unknown
 from imagen_kit.text_encoders.tokenizers import PretrainedTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json", "tokenizer.model")
@@ -74,6 +74,21 @@ def config(source: Source) -> Any:
     return _read(
         source, "config", lambda: AutoConfig.from_pretrained(source.location, subfolder=source.subfolder)
     )
+
+
+def require_size(
+    kind: str, source: Source, settings: Any, size: str | Mapping[str, Any] | None, sizes: Mapping[str, Any]
+) -> None:
+    """KitError unless ``settings`` are of ``size``: a name among ``sizes``, config fields, or None for any."""
+    fields = sizes.get(size) if isinstance(size, str) else size or {}
+    if fields is None:
+        raise KitError(unknown(f"{kind} size", size, sizes))
+    for key, wanted in fields.items():
+        found = getattr(settings, key, None)
+        if found != wanted and key in ("hidden_size", "d_model", "num_layers", "num_hidden_layers", "d_ff"):
+            raise KitError(
+                f"weights {str(source)!r} are not of {kind} size {size!r}: {key} is {found}, not {wanted}"
+            )
 
 
 def model(model_class: Any, source: Source, settings: Any, spare: str = r"$^") -> nn.Module:

@@ -64,7 +64,7 @@ class T5TextEncoder(TransformerEncoder):
             in it), or ``random``.
         size: for random weights: ``tiny``, ``small`` ... ``xxl`` (v1.1), ``t5-base``, ``mt5-base``,
             ``umt5-xxl``, ``byt5-small`` ..., or a dict of config fields (``model_type`` t5, mt5 or umt5).
-            Default ``small``.
+            Default ``small``. Beside other weights it is what they must have, known without them.
         tokenizer: ``auto`` (the folder's own; bytes where the vocabulary is ByT5's and the folder has none),
             ``bytes``, or a folder or hub id. ``auto`` means bytes for random weights, folded into a smaller
             vocabulary; ``none`` leaves them without one.
@@ -151,8 +151,6 @@ def _build(
         if tokenizer not in ("auto", "bytes"):
             return network, huggingface.tokenizer(tokenizer)
         return network, ByteTokenizer(settings.vocab_size)
-    if size is not None:
-        raise KitError(f"t5 size {size!r} goes with weights 'random'; {str(weights)!r} has its own")
     source = huggingface.locate(weights)
     settings = huggingface.config(source)
     if settings.model_type not in kinds:
@@ -160,6 +158,7 @@ def _build(
             f"weights {str(weights)!r} hold a {settings.model_type!r} network; text encoder 't5' reads "
             f"{', '.join(kinds)}"
         )
+    huggingface.require_size("t5", source, settings, size, SIZES)
     words = _tokenizer(tokenizer, source, settings.vocab_size)
     network = huggingface.model(kinds[settings.model_type][1], source, settings, r"decoder\.|lm_head\.")
     return network, words

@@ -21,8 +21,8 @@ def _text(recipe: Any) -> Task:
     from imagen_kit.training.text import TextTask
 
     part = recipe.spec.text_encoder
-    size = part.options.get("size")
-    if part.name != "t5" or not isinstance(size, dict):
+    size = None if part is None else part.options.get("size")
+    if part is None or part.name != "t5" or not isinstance(size, dict):
         raise KitError(
             "text pretraining needs text_encoder: {name: t5, weights: random, size: {d_model: ...}}"
         )
@@ -33,6 +33,8 @@ def _diffusion(recipe: Any) -> Task:
     from imagen_kit.training.diffusion import DiffusionTask
 
     config: TrainConfig = recipe.train
+    if recipe.spec.labels is not None:
+        raise KitError("labels: training reads captions; models of class labels are sampled only")
     names = [stage.name for stage in recipe.stages]
     if config.stage is None and len(names) > 1:
         raise KitError(f"train.stage: say which stage to train: {', '.join(names)}")

@@ -325,8 +325,8 @@ def test_damaged_folders_are_one_plain_line(tmp_path, tiny):
         with pytest.raises(KitError, match=message) as caught:
             T5TextEncoder(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(KitError, match="goes with weights 'random'"):
-        T5TextEncoder(other, size="small")
+    with pytest.raises(KitError, match="not of t5 size 'small': d_model is 64, not 512"):
+        T5TextEncoder(folder("sized"), size="small")
 
 
 def test_a_vocabulary_that_is_not_bytes_needs_a_tokenizer(tmp_path):

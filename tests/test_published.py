@@ -1,0 +1,280 @@
+"""Published systems as recipes: they load without weights, cost what is published, and run in small."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imagen_kit import checkpoints, recipe
+from imagen_kit.errors import KitError, RecipeError
+from imagen_kit.labels import Labels
+from imagen_kit.pipeline import derive_seed
+from imagen_kit.recipe import check, trial
+from imagen_kit.weights import save_safetensors
+
+# Per stage: parameters, and floating-point operations of one evaluation (None: no published figure). DiT's
+# published "Gflops" are multiply-adds: 118.64 and 524.6.
+FIGURES = {
+    "dit-xl-2-256": [(675_129_632, 2 * 118.64e9)],
+    "dit-xl-2-512": [(675_129_632, 2 * 524.6e9)],
+    "adm-256": [(553_838_086, None)],
+    "sd15": [(859_520_964, None)],
+    "sdxl": [(2_567_463_684, None)],
+    "pixart-alpha": [(611_349_152, None)],
+    "sd3-medium": [(2_084_951_104, None)],
+    "flux-dev": [(11_901_408_320, None)],
+    "deepfloyd-if": [(4_304_695_110, 2.88e12), (1.2e9, None)],
+}
+TABLES = {
+    "dit-xl-2-256": 256 * 1152,
+    "dit-xl-2-512": 256 * 1152,
+    "sd3-medium": 192**2 * 1536,
+}  # positions, in the file but not trained
+
+KL = "{name: kl, widths: [32, 32, 32, 32], blocks: 1}"
+KL_SIZES = {
+    "channels": 4,
+    "widths": [32, 32, 32, 32],
+    "blocks": 1,
+    "groups": 32,
+    "scale": 0.18215,
+    "shift": 0.0,
+    "quant": True,
+    "attend": True,
+    "picture_channels": 3,
+}
+CLIP = "{name: clip, size: tiny, pooled: null, padding: attended}"
+DIT = "{name: dit, learn_sigma: true, width: 32, depth: 2, heads: 2}"
+
+
+def transformer(context):
+    """Levels of a tiny Stable Diffusion."""
+    kind = "{kind: transformer, head_dim: 32}"
+    return (
+        "{name: adm, style: {modulation: shift, resample: conv, groups: 32}, "
+        f"levels: [{{channels: 32}}, {{channels: 32, attention: {kind}}}]{context}}}"
+    )
+
+
+def tiny_if(more):
+    levels = "[{channels: 64}, {channels: 64, attention: {head_dim: 32}}]"
+    told = "{text_width: 64, text_heads: 4}"
+    return (
+        "{name: adm, out_channels: 6, style: {activation: gelu, resample: residual, groups: 32}, "
+        f"levels: {levels}, embedding: {told}{more}}}"
+    )
+
+
+SMALL = {
+    "dit-xl-2-256": [f"stages.0.denoiser={DIT}", f"stages.0.codec={KL}", "stages.0.size=64"],
+    "dit-xl-2-512": [f"stages.0.denoiser={DIT}", f"stages.0.codec={KL}", "stages.0.size=64"],
+    "adm-256": [
+        "stages.0.denoiser={name: adm, out_channels: 6, levels: [{channels: 32}]}",
+        "stages.0.size=8",
+    ],
+    "sd15": [
+        f"text_encoder={CLIP}",
+        f"stages.0.denoiser={transformer('')}",
+        f"stages.0.codec={KL}",
+        "stages.0.size=64",
+    ],
+    "sdxl": [
+        "text_encoder.encoders.0.weights=random",
+        "text_encoder.encoders.0.size=tiny",
+        "text_encoder.encoders.1.weights=random",
+        "text_encoder.encoders.1.size=tiny",
+        f"stages.0.denoiser={transformer(', embedding: {size_numbers: 6}')}",
+        f"stages.0.codec={KL}",
+        "stages.0.size=64",
+    ],
+    "pixart-alpha": [
+        "text_encoder.weights=random",
+        "text_encoder.size=tiny",
+        "stages.0.denoiser={name: pixart, learn_sigma: true, width: 48, depth: 1, heads: 2, sizes: true}",
+        f"stages.0.codec={KL}",
+        "stages.0.size=64",
+    ],
+    "sd3-medium": [
+        *(f"text_encoder.encoders.0.encoders.{i}.weights=random" for i in (0, 1)),
+        *(f"text_encoder.encoders.0.encoders.{i}.size=tiny" for i in (0, 1)),
+        "text_encoder.encoders.1.weights=random",
+        "text_encoder.encoders.1.size=tiny",
+        "stages.0.denoiser={name: mmdit, width: 32, depth: 2, heads: 2}",
+        f"stages.0.codec={KL}",
+        "stages.0.size=64",
+    ],
+    "flux-dev": [
+        *(f"text_encoder.encoders.{i}.weights=random" for i in (0, 1)),
+        *(f"text_encoder.encoders.{i}.size=tiny" for i in (0, 1)),
+        "stages.0.denoiser={name: flux, width: 32, depth: 1, single_depth: 1, heads: 2, guidance: true}",
+        f"stages.0.codec={KL}",
+        "stages.0.size=64",
+    ],
+    "deepfloyd-if": [
+        "text_encoder.weights=random",
+        "text_encoder.size=tiny",
+        f"stages.0.denoiser={tiny_if('')}",
+        "stages.0.size=8",
+        f"stages.1.denoiser={tiny_if('')}",
+        "stages.1.weights=random",
+        "stages.1.size=16",
+        "stages.1.sampler.steps=2",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_published_figures(name):
+    system = recipe.load(name)
+    encoder = system.hollow_text_encoder()
+    labels = system.spec.labels
+    assert len(system.stages) == len(FIGURES[name])
+    for index, (parameters, flops) in enumerate(FIGURES[name]):
+        with torch.device("meta"):
+            module = system.build_stage_denoiser(index, encoder, weights=False)
+        assert all(p.is_meta for p in module.parameters())
+        count = sum(p.numel() for p in module.parameters()) + TABLES.get(name, 0)
+        # whole numbers are those of the files, others are rounded to the digits that were published
+        assert count == pytest.approx(parameters, rel=0 if isinstance(parameters, int) else 0.05)
+        found = trial.flops(
+            module,
+            system.stages[index],
+            check.dimensions(system.stages[index], index),
+            system.denoiser_options(index, encoder),
+            labels and labels.classes,
+            0 if labels else encoder.max_length,
+        )
+        assert found is not None
+        if flops is not None:
+            assert found == pytest.approx(flops, rel=5e-3)  # the figures have three digits
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_in_small(name):
+    small = ["stages.0.weights=random", "stages.0.sampler.steps=2", *SMALL[name]]
+    system = recipe.load(name, small)
+    pipeline = system.build()
+    prompt = "golden retriever" if system.spec.labels else "a red star"
+    picture = pipeline(prompt, seed=3).tensor
+    assert picture.shape == (1, 3, system.stages[-1].size, system.stages[-1].size)
+    assert torch.isfinite(picture).all()
+
+
+def test_weights_that_are_not_there_are_said_before_anything_is_built(tmp_path):
+    with pytest.raises(RecipeError, match=r"stages\.0\.weights: .*256x256_diffusion\.pt' do not exist"):
+        recipe.load("adm-256").build()
+
+
+# ---- labels ------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_numbers_or_names():
+    labels = Labels(1000, "imagenet")
+    assert labels(["207", "golden retriever", " Macaw ", ""]).labels.tolist() == [207, 207, 88, 1000]
+    with pytest.raises(KitError, match="did you mean 'golden retriever'"):
+        labels(["goldn retriever"])
+    with pytest.raises(KitError, match="a number from 0 to 9"):
+        Labels(10)(["10"])
+    with pytest.raises(KitError, match="none for 'no class'"):
+        Labels(10, null=False)([""])
+
+
+def test_names_of_classes_from_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("cat, kitten\ndog\n", encoding="utf-8")
+    assert Labels(2, tmp_path / "names.txt")(["kitten", "dog"]).labels.tolist() == [0, 1]
+    with pytest.raises(KitError, match="2 names for 3 classes"):
+        Labels(3, tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "path", "rule"),
+    [
+        ("adm-256", "stages.0.guidance=[cfg]", "stages.0.guidance.0", "labels.null"),
+        ("adm-256", "labels.classes=10", "labels.names", "imagenet has 1000 classes, not 10"),
+        (
+            "adm-256",
+            "stages.0.denoiser.name=adm_512;labels.classes=10;labels.names=",
+            "labels.classes",
+            "1000",
+        ),
+        ("sdxl", "stages.0.told={}", "stages.0.denoiser", r"give it \(b, 6\) numbers"),
+        ("sdxl", "stages.0.told.size=[1, 2]", "stages.0", "6"),
+        ("sd15", "stages.0.told.size=[1, 2]", "stages.0.told.size", "leave it out"),
+        ("sd15", "labels={classes: 10}", "labels", "in place of text_encoder"),
+    ],
+)
+def test_faults_are_found_without_weights(name, change, path, rule):
+    with pytest.raises(RecipeError) as error:
+        recipe.load(name, change.split(";"))
+    assert any(fault.path.startswith(path) for fault in error.value.faults)
+    assert error.match(rule)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------
+
+
+def test_weights_of_any_format_fill_denoiser_and_codec(tmp_path):
+    small = [*SMALL["sd15"], "stages.0.weights=random", "stages.0.sampler.steps=2"]
+    torch.manual_seed(0)
+    first = recipe.load("sd15", small).build()
+    module, codec = first.stages[0].denoiser, first.stages[0].codec
+    for network in (module, codec):
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+    save_safetensors(tmp_path / "unet.safetensors", module.state_dict())  # the part's own tensors
+    kl = checkpoints.Origin("codec", "kl", dict(KL_SIZES))
+    checkpoints.save(codec, tmp_path / "vae", layout="diffusers", origin=kl)  # a community's folder
+    codec_part = KL[:-1] + f", weights: {tmp_path / 'vae'}}}"
+    weights = [
+        *SMALL["sd15"],
+        "stages.0.sampler.steps=2",
+        f"stages.0.weights={tmp_path / 'unet.safetensors'}",
+        f"stages.0.codec={codec_part}",
+    ]
+    again = recipe.load("sd15", weights).build()
+    for one, other in ((module, again.stages[0].denoiser), (codec, again.stages[0].codec)):
+        wanted, found = one.state_dict(), other.state_dict()
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+    assert torch.equal(first("a star", seed=1).tensor, again("a star", seed=1).tensor)
+
+
+def test_sd15_paints_what_diffusers_paints(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+    )
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32,) * 4, down_block_types=down, up_block_types=up, latent_channels=4
+    )
+    unet.save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    changes = [*SMALL["sd15"][:2], f"stages.0.codec={KL[:-1]}, weights: {tmp_path / 'vae'}}}"]
+    changes += [f"stages.0.weights={tmp_path / 'unet'}", "stages.0.size=64", "stages.0.sampler.steps=5"]
+    ours = recipe.load("sd15", changes).build()
+    picture = ours("a star", seed=7).tensor
+
+    scheduler = diffusers.PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(5)
+    embedded = ours.text_encoder(["", "a star"]).tokens
+    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(derive_seed(7, 0)))[None]
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            empty, text = unet(x.expand(2, -1, -1, -1), t, embedded).sample.chunk(2)
+            x = scheduler.step(empty + 7.5 * (text - empty), t, x).prev_sample
+        wanted = vae.decode(x / vae.config.scaling_factor).sample.div(2).add(0.5).clamp(0, 1)
+    assert (picture - wanted).abs().max() < 1e-4
