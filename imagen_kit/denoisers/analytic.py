@@ -232,9 +232,6 @@ def solve_ode(
 
     Returns:
         (b, *shape) states at ``t_to``, of x's dtype and device.
-
-    Raises:
-        KitError: scipy is not installed.
     """
     (a0, s0), (a1, s1) = (schedule.alpha_sigma(float(t)) for t in (t_from, t_to))
     state = x.detach().cpu().double()
@@ -242,12 +239,8 @@ def solve_ode(
         mean, std = problem.means[0], problem.stds[0]
         growth = (a1 * std).square().add(s1 * s1).sqrt() / (a0 * std).square().add(s0 * s0).sqrt()
         return (a1 * mean + growth * (state - a0 * mean)).to(x.device, x.dtype)
-    try:
-        from scipy.integrate import solve_ivp
-    except ImportError as error:
-        raise KitError(
-            "the exact solution of a mixture needs scipy: pip install 'imagen-kit[test]'"
-        ) from error
+    from scipy.integrate import solve_ivp
+
     # Data without width is singular at sigma = 0. A ten-thousandth of the distance between two points before
     # it all weight lies on one of them, and x0 is the end.
     start, end = math.atan2(s0, a0), max(math.atan2(s1, a1), 1e-4 * _gap(problem))

@@ -171,10 +171,7 @@ def beta(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> 
 
     Where time is the noise level and unbounded (edm), the quantiles are taken in log(sigma / alpha).
     """
-    try:
-        from scipy.special import betaincinv
-    except ImportError:
-        raise KitError("spacing 'beta' needs scipy: pip install scipy") from None
+    from scipy.special import betaincinv
 
     def quantiles(count: int) -> np.ndarray:
         falling = np.linspace(1, 0, count) if closed else 1 - np.arange(count) / count

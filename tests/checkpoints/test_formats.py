@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import DIT, random_tensors
+from random_files import DIT, random_tensors
 
 from imagen_kit import checkpoints
 from imagen_kit.checkpoints import formats

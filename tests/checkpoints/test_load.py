@@ -126,7 +126,7 @@ def test_parts_of_a_single_file(tmp_path):
 
 
 def _vae():
-    from conftest import random_tensors
+    from random_files import random_tensors
 
     kwargs = {"channels": 4, "widths": [32, 64], "blocks": 1, "groups": 32, "quant": True, "attend": True}
     return random_tensors("kl_official", kwargs)
@@ -134,7 +134,7 @@ def _vae():
 
 def test_old_names_of_diffusers_autoencoders():
     """Published files name the middle attention's layers query, key, value and proj_attn."""
-    from conftest import random_tensors
+    from random_files import random_tensors
 
     kwargs = {"channels": 4, "widths": [32, 64], "blocks": 1, "groups": 32, "quant": True, "attend": True}
     new = random_tensors("kl_diffusers", kwargs)
@@ -214,7 +214,7 @@ print(json.dumps([peak() - before, size, total]))
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """Files of about 150 MB in which no tensor is more than a twentieth, and small ones of the same sort."""
-    from conftest import DIT, random_tensors
+    from random_files import DIT, random_tensors
 
     folder, sums = tmp_path_factory.mktemp("large"), {}
     for name, suffix, depth in (("dit_official", "pt", 18), ("dit_diffusers", "safetensors", 16)):
@@ -299,7 +299,7 @@ def test_one_renamed_one_missing_one_transposed(dit, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "renamed", "transposed", "extra"])
 def test_faults_of_any_tensor_are_found(name, damage, dit, dit_diffusers):
     """Whichever tensor it is, also those that tell the architecture or its size."""
-    from conftest import random_tensors
+    from random_files import random_tensors
 
     kwargs = {"channels": 4, "widths": [32, 64], "blocks": 1, "groups": 32, "quant": True, "attend": True}
     whole = {"dit_official": dit, "dit_diffusers": dit_diffusers}.get(name) or random_tensors(name, kwargs)
@@ -451,7 +451,7 @@ def test_configs_that_do_not_fit(change, said, dit_diffusers):
 
 
 def test_a_width_without_heads():
-    from conftest import DIT, random_tensors
+    from random_files import DIT, random_tensors
 
     with pytest.raises(KitError, match="width 64 is of no published DiT, so its number of heads is unknown"):
         checkpoints.from_state_dict(random_tensors("dit_official", {**DIT, "width": 64, "heads": 2}))

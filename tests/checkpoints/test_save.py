@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import DIT, random_tensors
+from random_files import DIT, random_tensors
 from safetensors.torch import load_file, save_file
 
 from imagen_kit import checkpoints
