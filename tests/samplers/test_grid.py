@@ -154,12 +154,6 @@ def test_beta_spacing_is_even_in_the_distribution() -> None:
     assert [p.t for p in grid(flow, 5, "beta", "sigma_min")] == pytest.approx(moved)
 
 
-def test_beta_spacing_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "scipy.special", None)
-    with pytest.raises(KitError, match="spacing 'beta' needs scipy: pip install scipy"):
-        grid(SD, 4, "beta", "zero")
-
-
 @pytest.mark.parametrize(
     ("spacing", "model", "schedule"),
     [
