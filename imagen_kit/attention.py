@@ -6,7 +6,10 @@ Axes: b batch, a heads, n queries, m keys, d head width.
 
 Backends, chosen for a call (``backend=``), a block of code (``use_backend``) or for good (``set_backend``):
 
-    sdpa      torch's fused kernels; the default
+    sdpa      torch's fused kernels, whichever it finds best; the default
+    flash, cudnn, efficient, math
+              one of those kernels and no other (see ``attention_kernels``)
+    flash3    FlashAttention 3 (Hopper GPUs, where ``flash_attn_interface`` is installed)
     eager     plain tensor operations; can record its maps (``record_maps``)
     flex      torch's flex_attention, compiled where it runs on an accelerator; no backward on the CPU
     xformers  xformers' memory-efficient kernels (CUDA; ``pip install imagen-kit[xformers]``)
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from imagen_kit.attention_kernels import KERNELS, missing
 from imagen_kit.errors import KitError, unknown
 
 # Process-wide. torch.compile guards on them, so a compiled model follows a switch by compiling once more.
@@ -58,7 +62,7 @@ def attention(
     Raises:
         KitError: an unknown or unavailable backend, or a mask that is not boolean.
     """
-    name = _active if backend is None else _checked(backend)
+    name = (_active if _recorder is None else "eager") if backend is None else _checked(backend)
     if mask is not None:
         if (
             mask.dtype is not torch.bool
@@ -77,7 +81,7 @@ def attention(
 
 def backends() -> list[str]:
     """Names of the backends that can be chosen here."""
-    return [name for name in ("sdpa", *_OTHERS) if name != "xformers" or _has_xformers()]
+    return [name for name in ("sdpa", *_OTHERS) if _absent(name) is None]
 
 
 def set_backend(name: str) -> None:
@@ -112,8 +116,7 @@ def record_maps(keep: Callable[[Tensor], Tensor] | None = None) -> Iterator[list
     maps: list[Tensor] = []
     before, _recorder = _recorder, lambda p: maps.append(p if keep is None else keep(p))
     try:
-        with use_backend("eager"):
-            yield maps
+        yield maps
     finally:
         _recorder = before
 
@@ -162,12 +165,16 @@ def _checked(name: str) -> str:
         return name
     if name not in _OTHERS:
         raise KitError(unknown("attention backend", name, ("sdpa", *_OTHERS)))
-    if name == "xformers" and not _has_xformers():
-        raise KitError(
-            f"attention backend 'xformers' is not installed (pip install 'imagen-kit[xformers]'); "
-            f"choose from {', '.join(backends())}"
-        )
+    if (reason := _absent(name)) is not None:
+        raise KitError(f"attention backend {name!r} {reason}; choose from {', '.join(backends())}")
     return name
+
+
+def _absent(name: str) -> str | None:
+    """Why a backend cannot be chosen here, or None."""
+    if name == "xformers" and not _has_xformers():
+        return "is not installed (pip install 'imagen-kit[xformers]')"
+    return missing(name)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -237,4 +244,5 @@ _OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tens
     "eager": _eager,
     "flex": _flex,
     "xformers": _xformers,
+    **KERNELS,
 }

@@ -42,6 +42,7 @@ class Cond:
         low_res_level: (b,) its noise level in [0, 1].
         size: (b, k) size and crop numbers (SDXL, PixArt).
         guidance: (b,) scale told to a network distilled from guided ones (FLUX.1-dev).
+        memory: what one network's ``prepare`` has made of the rest, tensors (b, ...); for that network alone.
     """
 
     tokens: Tensor | None = None
@@ -52,11 +53,22 @@ class Cond:
     low_res_level: Tensor | None = None
     size: Tensor | None = None
     guidance: Tensor | None = None
+    memory: tuple[Tensor, ...] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
         """The same conditioning with ``function`` applied to every tensor present."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Cond(**{key: None if value is None else function(value) for key, value in values.items()})
+        return self._each(lambda name, value: function(value))
+
+    def _each(self, function: Callable[[str, Tensor], Tensor]) -> Cond:
+        """``map`` with the name of each tensor."""
+        parts = {name: function(name, value) for name, value in self.parts().items()}
+        kept = None if self.memory is None else tuple(function("memory", value) for value in self.memory)
+        return Cond(**parts, memory=kept)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors present, by name, but for the memory."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "memory")
+        return {name: value for name, value in values if value is not None}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Move; ``dtype`` changes embeddings and pictures.
@@ -69,8 +81,7 @@ class Cond:
             cast = dtype is not None and value.is_floating_point() and name not in _EMBEDDED
             return value.to(device=device, dtype=dtype if cast else None)
 
-        present = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Cond(**{k: v if v is None else move(k, v) for k, v in present.items()})
+        return self._each(move)
 
     def __getitem__(self, index: slice | Tensor) -> Cond:
         return self.map(lambda v: v[index])
@@ -78,28 +89,37 @@ class Cond:
     @property
     def batch(self) -> int | None:
         """Batch size, or None when nothing is present."""
-        return next((len(v) for f in fields(self) if (v := getattr(self, f.name)) is not None), None)
+        return next((len(value) for value in self.parts().values()), None)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Concatenate along the batch; shorter token sequences are padded with masked zeros.
 
+        Memories are joined where all have one and they are of one shape; else the result has none.
+
         Raises:
             ValueError: a part is present in some and absent in others.
         """
         out: dict[str, Tensor] = {}
-        for field in fields(Cond):
-            values = [getattr(c, field.name) for c in conds]
-            present = [v for v in values if v is not None]
-            if not present:
-                continue
-            if len(present) != len(values):
+        parts = [cond.parts() for cond in conds]
+        for name in dict.fromkeys(name for part in parts for name in part):
+            present = [part[name] for part in parts if name in part]
+            if len(present) != len(parts):
                 raise ValueError(
-                    f"conditioning {field.name!r} is present in some parts of the batch and absent in others"
+                    f"conditioning {name!r} is present in some parts of the batch and absent in others"
                 )
-            if field.name in ("tokens", "mask"):
+            if name in ("tokens", "mask"):
                 longest = max(v.shape[1] for v in present)
                 pad = [(0, 0) * (v.ndim - 2) + (0, longest - v.shape[1]) for v in present]
                 present = [torch.nn.functional.pad(v, p) for v, p in zip(present, pad, strict=True)]
-            out[field.name] = torch.cat(present)
-        return Cond(**out)
+            out[name] = torch.cat(present)
+        return Cond(**out, memory=_joined([cond.memory for cond in conds]))
+
+
+def _joined(memories: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """Memories along the batch, or None where they do not fit together."""
+    found = [memory for memory in memories if memory is not None]
+    shapes = [[value.shape[1:] for value in memory] for memory in found]
+    if not found or len(found) < len(memories) or any(shape != shapes[0] for shape in shapes):
+        return None
+    return tuple(torch.cat(values) for values in zip(*found, strict=True))

@@ -6,14 +6,15 @@ Axes: b batch, c h w pictures, m branches (cond, uncond, ...) evaluated together
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imagen_kit import prediction as predictions
+from imagen_kit.caches import base as caches
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.guidance.base import (
@@ -23,12 +24,11 @@ from imagen_kit.guidance.base import (
     Generators,
     Guidance,
     Network,
-    acting,
-    branches,
     require,
     stack,
 )
 from imagen_kit.guidance.step import Step, Times
+from imagen_kit.guided import Call
 
 EXECUTIONS = ("batched", "split")
 
@@ -47,6 +47,8 @@ def denoise_fn(
     sigma_data: float = 0.5,
     clip: float | None = None,
     dtype: torch.dtype | None = None,
+    cache: caches.StepCache | Mapping[str, Any] | str | None = None,
+    remember_text: bool = True,
 ) -> Denoise:
     """Wrap a network for the samplers.
 
@@ -67,13 +69,18 @@ def denoise_fn(
         sigma_data: spread of the data, for ``edm``.
         clip: bound of |x0|; None leaves it free.
         dtype: dtype the network is fed with; None = that of x.
+        cache: a step cache, or what ``caches.create`` is given: ``{"name": "first_block", "threshold": 0.1}``. It
+            acts in runs (``begin``); a call outside one computes all. Each branch has a memory of its own.
+        remember_text: call the network's ``prepare``, where it has one, once in a run for each joined
+            conditioning, so that what it makes of that alone is not made at every step. The answers are the
+            same; not while gradients are recorded, nor for a conditioning that guidance changes.
 
     Returns:
         ``denoise(x, t)``: (b, c, h, w) prediction of x0 in x's dtype; t is a float, or a tensor () or (b,).
 
     Raises:
         KitError: unknown prediction or execution; guidance needs a conditioning or a network that was not
-            given, or layers that the network lacks; clip not above 0.
+            given, or layers that the network lacks; clip not above 0; a cache that the networks have no place for.
     """
     if execution not in EXECUTIONS:
         raise KitError(unknown("guidance execution", execution, EXECUTIONS))
@@ -89,6 +96,8 @@ def denoise_fn(
         sigma_data,
         clip,
         dtype,
+        caches.build(cache),
+        remember_text,
     )
 
 
@@ -111,6 +120,8 @@ class Denoise:
         sigma_data: float,
         clip: float | None,
         dtype: torch.dtype | None,
+        cache: caches.StepCache | None = None,
+        remember_text: bool = True,
     ):
         if prediction not in predictions.PREDICTIONS:
             raise KitError(unknown("prediction", prediction, predictions.PREDICTIONS))
@@ -120,12 +131,20 @@ class Denoise:
         self.guidance, self.sigma_data, self.clip, self.dtype = guidance, sigma_data, clip, dtype
         self.conds, self.networks, self.split = conds, networks, split
         self.times: Times | None = None
-        self._joined: dict[tuple[str, ...], Conditioning] = {}
+        self.remember_text, self._running = remember_text, False
+        self._joined: dict[Any, Conditioning] = {}
+        self._levels = functools.partial(_levels, schedule) if _hashable(schedule) else schedule.alpha_sigma
         if conds and "cond" not in conds:
             raise KitError(f"the conditioning {', '.join(conds)} was given without 'cond'")
         self.branches = {COND.name: COND}
         for strategy in guidance:
             self._admit(strategy)
+        self.cache = cache
+        self.cached: caches.Run | None = None
+        if cache is not None:
+            read = {branch.network for branch in self.branches.values() if not branch.is_gradient}
+            for name in read:
+                cache.fit(network if name is None else networks[name])
 
     def _admit(self, strategy: Guidance) -> None:
         """KitError where what the strategy needs is missing."""
@@ -136,6 +155,8 @@ class Denoise:
                     f"guidance {type(strategy).__name__} means another prediction by {branch.name!r} "
                     "than a strategy before it"
                 )
+            if branch.is_gradient and self.prediction == "edm":
+                raise KitError(f"guidance {type(strategy).__name__} is of networks fed x itself, not of edm")
         strategy.fit(self.network)
 
     def begin(
@@ -167,11 +188,13 @@ class Denoise:
         run = copy.copy(self)
         run.guidance = tuple(strategy.begin(generator) for strategy in self.guidance)
         run.times = times if times is None or isinstance(times, Tensor) else tuple(times)
+        run._joined, run._running = {}, True
+        run.cached = None if self.cache is None else self.cache.begin(self.network, times)
         return run
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         """x0 predicted from x (b, c, h, w) at native time t: a float, or a tensor () or (b,)."""
-        return _Call(self, x, t).x0
+        return Call(self, x, t).x0
 
     def parts(self, x: Tensor, t: float | Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
         """The guided x0 and, for every name, the unguided x0 of that branch, (b, c, h, w) each in x's dtype.
@@ -189,7 +212,7 @@ class Denoise:
                     f"no guidance reads {name!r} (there is {known}); a sampler with renoise={name!r} needs a "
                     "guided denoiser (guidance cfg or cfg_pp at a scale other than 1)"
                 )
-        call = _Call(self, x, t)
+        call = Call(self, x, t)
         return (call.x0, *(call.part(name) for name in names))
 
     def with_variance(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +224,7 @@ class Denoise:
         Raises:
             KitError: a network that says no variance.
         """
-        call = _Call(self, x, t)
+        call = Call(self, x, t)
         if call.variance is None:
             raise KitError(
                 f"the network has no learned variance: it answers {x.shape[1]} channels, not {2 * x.shape[1]}"
@@ -214,8 +237,8 @@ class Denoise:
             if t.shape not in ((), x.shape[:1]):
                 raise KitError(f"t has shape {tuple(t.shape)}; give one time, or one per sample: {len(x)}")
             t = t.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        return Step(t, alpha, sigma, self.times)
+            return Step(t, *self.schedule.alpha_sigma(t), self.times)
+        return Step(t, *self._levels(t), self.times)
 
     def evaluate(
         self, x: Tensor, step: Step, wanted: list[Branch], cond: Conditioning | None
@@ -228,13 +251,16 @@ class Denoise:
         t, alpha, sigma = step.coefficients
         scaled, told = predictions.network_input(self.prediction, x, t, alpha, sigma, self.sigma_data)
         scaled = scaled.to(self.dtype or x.dtype)
+        if self.cached is not None:
+            self.cached.turn(t)
         for network, group in self._calls(wanted, len(x)):
             m = len(group)
-            inputs = scaled.repeat(m, *(1,) * (x.ndim - 1)) if m > 1 else scaled
-            time = _per_sample(told, len(x), x.device)
-            arguments: list[Any] = [inputs, time.repeat(m) if m > 1 else time]
+            inputs = torch.cat([scaled] * m) if m > 1 else scaled
+            arguments: list[Any] = [inputs, _per_sample(told, m, x)]
             if self.conds:
-                arguments.append(self._cond(tuple(branch.cond for branch in group), len(x), cond))
+                arguments.append(self._cond(group, len(x), cond))
+            if self.cached is not None and not group[0].is_gradient:
+                network = self.cached.through(network, [branch.name for branch in group])
             output = network(*arguments)
             self._check(output, x, m)
             yield from zip((branch.name for branch in group), output.chunk(m), strict=True)
@@ -243,7 +269,8 @@ class Denoise:
         """Every network to call, and the branches that it answers, one after another along its batch."""
         groups: dict[Any, list[Branch]] = {}
         for branch in wanted:
-            by_rows = branch.through is None or hasattr(branch.through, "rows")
+            # a cache may leave rows out of a layer's batch, so with one a change is of a call's whole batch
+            by_rows = branch.through is None or (self.cached is None and hasattr(branch.through, "rows"))
             key = (branch.network, None if by_rows else branch.through, branch.name if self.split else None)
             groups.setdefault(key, []).append(branch)
         for (name, through, _), group in groups.items():
@@ -258,13 +285,21 @@ class Denoise:
                         network = branch.through.rows(network, slice(i * batch, (i + 1) * batch))  # type: ignore[attr-defined]
             yield network, group
 
-    def _cond(self, names: tuple[str, ...], batch: int, cond: Conditioning | None) -> Conditioning:
+    def _cond(self, group: list[Branch], batch: int, cond: Conditioning | None) -> Conditioning:
+        """What the network of these branches is given; joined once, and prepared once in a run."""
+        names, network = tuple(branch.cond for branch in group), group[0].network
         if cond is not self.conds["cond"] and "cond" in names:  # another one at every step
             assert cond is not None
             return self._join(names, {**self.conds, "cond": cond}, batch)
-        if names not in self._joined:
-            self._joined[names] = self._join(names, self.conds, batch)
-        return self._joined[names]
+        # outside a run weights may change from call to call, and a graph of gradients is freed after each
+        remember = self._running and self.remember_text and not torch.is_grad_enabled()
+        key = (names, network, remember)
+        if key not in self._joined:
+            joined = self._join(names, self.conds, batch)
+            owner = self.network if network is None else self.networks[network]
+            prepare = getattr(owner, "prepare", None) if remember and isinstance(joined, Cond) else None
+            self._joined[key] = joined if prepare is None else prepare(joined)
+        return self._joined[key]
 
     def _join(self, names: tuple[str, ...], conds: Mapping[str, Conditioning], batch: int) -> Conditioning:
         parts = [conds[name] for name in names]
@@ -301,83 +336,6 @@ class Denoise:
         return (a - a_) / b_, b / b_
 
 
-class _Call:
-    """One call: the branches evaluated, their views in every space, and the guided x0."""
-
-    def __init__(self, owner: Denoise, x: Tensor, t: float | Tensor):
-        self._owner, self._dtype = owner, x.dtype
-        self._step = step = owner.step(x, t)
-        self._acting = acting(owner.guidance, step)
-        cond = owner.conds.get("cond")
-        for strategy, when in self._acting:
-            cond = strategy.condition(cond, _at(step, when))
-        wanted = branches(owner.guidance, step)
-        work = torch.promote_types(x.dtype, torch.float32)
-        outputs = dict(owner.evaluate(x, step, wanted, cond))
-        c = x.shape[1]
-        told = outputs["cond"]
-        self.variance = told[:, c:].to(work) if told.shape[1] == 2 * c else None
-        self._x = x.to(work)
-        self._views = {owner.prediction: {name: raw[:, :c].to(work) for name, raw in outputs.items()}}
-        x0 = self._guide()
-        self.x0 = (x0 if owner.clip is None else x0.clamp(-owner.clip, owner.clip)).to(x.dtype)
-
-    def _guide(self) -> Tensor:
-        """x0 after all strategies, each in its own space."""
-        space, guided, touched = self._owner.prediction, self._view(self._owner.prediction)["cond"], False
-        for strategy, when in self._acting:
-            target = self._owner.prediction if strategy.space == "raw" else strategy.space
-            view = self._view(target)
-            before = self._change(guided, space, target) if touched else view["cond"]
-            after = strategy.apply(before, view, _at(self._step, when))
-            guided = torch.where(when, after, before) if isinstance(when, Tensor) else after
-            space, touched = target, True
-        return self._change(guided, space, "x0")
-
-    def part(self, name: str) -> Tensor:
-        """The unguided x0 of a branch; the guided one where no acting strategy reads it."""
-        reading = [
-            when for s, when in self._acting if name in (branch.name for branch in s.reads(self._step))
-        ]
-        if name != "cond" and not reading:
-            return self.x0
-        own = self._view("x0")[name].to(self._dtype)
-        if name == "cond" or any(not isinstance(when, Tensor) for when in reading):
-            return own
-        somewhere = torch.stack(torch.broadcast_tensors(*reading)).any(0)  # type: ignore[arg-type]
-        return torch.where(somewhere, own, self.x0)
-
-    def _view(self, space: str) -> dict[str, Tensor]:
-        """All branches in a space, converted when first asked for."""
-        if space not in self._views:
-            source = self._owner.prediction
-            raw = self._views[source]
-            self._views[space] = {name: self._change(value, source, space) for name, value in raw.items()}
-        return self._views[space]
-
-    def _change(self, value: Tensor, source: str, target: str) -> Tensor:
-        """``value`` taken from one space to another."""
-        if source == target:
-            return value
-        p, q = (
-            c.to(value.device, value.dtype) if isinstance(c, Tensor) else c
-            for c in self._owner.between(self._step, source, target)
-        )
-        return p * self._x + q * value
-
-
-def _at(step: Step, when: bool | Tensor) -> Step:
-    """The step as a strategy sees it that acts there for some samples."""
-    return replace(step, where=when) if isinstance(when, Tensor) else step
-
-
-def _per_sample(told: float | Tensor, batch: int, device: torch.device) -> Tensor:
-    """(b,) float32 on the device; a float is filled in by a kernel, not copied from the host."""
-    if isinstance(told, Tensor):
-        return told.to(device, torch.float32).reshape(-1).expand(batch)
-    return torch.full((batch,), told, dtype=torch.float32, device=device)
-
-
 def _cat(names: Sequence[str], parts: list[Conditioning]) -> Conditioning:
     """Conditionings of the branches, one after another along the batch."""
     try:
@@ -386,3 +344,24 @@ def _cat(names: Sequence[str], parts: list[Conditioning]) -> Conditioning:
         return torch.cat(parts)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise KitError(f"the conditionings {', '.join(names)} do not fit together: {error}") from error
+
+
+def _per_sample(told: float | Tensor, m: int, x: Tensor) -> Tensor:
+    """(m·b,) float32 on x's device; a float is filled in by a kernel, not copied from the host."""
+    if isinstance(told, Tensor):
+        return told.to(x.device, torch.float32).reshape(-1).expand(len(x)).repeat(m)
+    return torch.full((m * len(x),), told, dtype=torch.float32, device=x.device)
+
+
+def _hashable(schedule: Any) -> bool:
+    try:
+        hash(schedule)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _levels(schedule: Any, t: float) -> tuple[float, float]:
+    """Schedules are immutable, and every run on a grid asks for the same times."""
+    return schedule.alpha_sigma(t)

@@ -10,22 +10,26 @@ the place in it, nor the device enters.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from imagen_kit import samplers
-from imagen_kit.cascade import augment_low_res
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.guidance.base import TEXT, Guidance, build, number, renoised, rescaled_stack, stack
 from imagen_kit.images import Images
-from imagen_kit.stage import Counted, Stage, check_count, denoiser, start
+from imagen_kit.loops import Loops
+from imagen_kit.stage import Stage, check_count, start
+
+if TYPE_CHECKING:
+    from imagen_kit.performance.offload import Offload
 
 Callback = Callable[[str, int, Tensor, Tensor], None]
 Also = tuple[str | Sequence[str], float]
@@ -54,18 +58,36 @@ class Pipeline:
         if unconditional not in ("empty", "zeros"):
             raise KitError(unknown("unconditional embedding", unconditional, ("empty", "zeros")))
         self.text_encoder, self.stages, self.unconditional = text_encoder, list(stages), unconditional
+        self.loops = Loops()
+        #: Who keeps the parts' weights off the device between their turns; see ``imagen_kit.performance.offload``.
+        self.offload: Offload | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the denoisers are."""
+        """Where the denoisers work."""
+        if self.offload is not None:
+            return self.offload.device
         return next((p.device for p in self.stages[0].denoiser.parameters()), torch.device("cpu"))
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoder, and those that stages have of their own."""
+        return [self.text_encoder, *(s.text_encoder for s in self.stages if s.text_encoder is not None)]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move everything to a device and the denoisers to a dtype.
 
         Text encoder and codecs keep their own dtype policy; the state of the samplers is always float32.
+
+        Raises:
+            KitError: the pipeline is offloaded, and so is moved at every turn.
         """
-        for part in (self.text_encoder, *(stage.codec for stage in self.stages)):
+        if self.offload is not None:
+            raise KitError(
+                "an offloaded pipeline moves its own parts; build it for the other device or dtype"
+            )
+        self.loops.clear()
+        for part in (*self.text_encoders, *(stage.codec for stage in self.stages)):
             if isinstance(part, nn.Module):
                 part.to(device=device)
         for stage in self.stages:
@@ -128,7 +150,7 @@ class Pipeline:
         starts = [start(stage) for stage in stages]
         owner = torch.arange(len(texts), device=self.device).repeat_interleave(num)
         rows = {"uncond": away, **{name: row for name, row, _ in further}}
-        conds = {name: cond[owner] for name, cond in self._encode(texts, rows, stages).items()}
+        told = self._encode(texts, rows, stages, owner)
         size = batch_size or len(seeds)
         batches = [slice(i, min(i + size, len(seeds))) for i in range(0, len(seeds), size)]
         total = len(batches) * sum(calls for _, calls in starts) if progress else 0
@@ -136,7 +158,7 @@ class Pipeline:
         pictures = []
         with _bar(total) as tick, _evaluating([module for stage in stages for module in stage.modules]):
             for part in batches:
-                here = {name: cond[part] for name, cond in conds.items()}
+                here = [{name: cond[part] for name, cond in conds.items()} for conds in told]
                 pictures.append(self._run(plan, here, seeds[part], tick, callback))
         names = [text for text in texts for _ in range(num)]
         return Images(torch.cat(pictures).add(1).div(2), names, seeds)
@@ -176,12 +198,15 @@ class Pipeline:
                 raise KitError(unknown("stage", name, index))
         return [(index[name], value) for name, value in setting.items()]
 
-    def _encode(self, texts: list[str], rows: dict[str, list[str]], stages: list[Stage]) -> dict[str, Cond]:
-        """Conditionings with one row a prompt; a text is encoded once, and only if some stage reads it.
+    def _encode(
+        self, texts: list[str], rows: dict[str, list[str]], stages: list[Stage], owner: Tensor
+    ) -> list[dict[str, Cond]]:
+        """Each stage's conditionings; a text is encoded once by an encoder, and only if some stage reads it.
 
         Args:
             texts: the prompts.
             rows: the texts of other conditionings, one a prompt. ``null`` and ``text:...`` are known.
+            owner: (pictures,) the prompt of every picture.
         """
         read = set().union(*(stage.reads for stage in stages))
         if any(rows["uncond"]) and "uncond" not in read:
@@ -193,70 +218,91 @@ class Pipeline:
         rows = {name: row for name, row in rows.items() if name == "cond" or name in read}
         unique = list(dict.fromkeys(itertools.chain.from_iterable(rows.values())))
         place = {text: i for i, text in enumerate(unique)}
-        found = self.text_encoder(unique)
+        of = {
+            name: torch.tensor([place[text] for text in row], device=self.device)[owner]
+            for name, row in rows.items()
+        }
+        encoders = [self.text_encoder if s.text_encoder is None else s.text_encoder for s in stages]
+        found = {
+            id(encoder): self._embedded(encoder, unique) for encoder in {id(e): e for e in encoders}.values()
+        }
+        return [{name: found[id(encoder)][index] for name, index in of.items()} for encoder in encoders]
+
+    def _embedded(self, encoder: Any, texts: list[str]) -> Cond:
+        """What an encoder makes of different texts, "" among them as ``unconditional`` says."""
+        with self.placed(encoder):
+            found = encoder(texts)
         if not isinstance(found, Cond):
             found = Cond(found.tokens, found.mask, found.pooled)
         every = found.to(self.device)
-        if self.unconditional == "zeros" and "" in place:
-            blank = torch.tensor([place[""]], device=self.device)
+        if self.unconditional == "zeros" and "" in texts:
+            blank = torch.tensor([texts.index("")], device=self.device)
             tokens, pooled = (
                 v if v is None else v.index_fill(0, blank, 0) for v in (every.tokens, every.pooled)
             )
             every = replace(every, tokens=tokens, pooled=pooled)
-        return {
-            name: every[torch.tensor([place[text] for text in row], device=self.device)]
-            for name, row in rows.items()
-        }
+        return every
 
     def _run(
         self,
         plan: list[tuple[Stage, float]],
-        conds: dict[str, Cond],
+        told: list[dict[str, Cond]],
         seeds: list[int],
         tick: Callable[[], None],
         callback: Callback | None,
     ) -> Tensor:
-        """One batch through stages that start from noise of given spread: (b, 3, s, s) in [-1, 1]."""
+        """One batch through stages that start from noise of given spread: (b, 3, s, s) in [-1, 1].
+
+        ``told`` holds each stage's conditionings.
+        """
         picture: Tensor | None = None
         for i, (stage, spread) in enumerate(plan):
-            side = stage.size // stage.codec.factor
-            generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for seed in seeds]
-            draw = _noise_source(generators, (stage.codec.channels, side, side), self.device)
-            x = draw() * spread
-            here = {name: cond.to(dtype=stage.dtype) for name, cond in conds.items()}
-            if picture is not None:
-                aux = _noise_source(generators, (picture.shape[1], side, side), self.device)()
-                low_res = augment_low_res(picture, side, stage.low_res_level, aux).to(stage.dtype)
-                level = torch.full((len(seeds),), stage.low_res_level, device=self.device)
-                here = {n: replace(c, low_res=low_res, low_res_level=level) for n, c in here.items()}
-            here = {name: _told(cond, stage.told) for name, cond in here.items()}
-            drawing = [torch.Generator().manual_seed(derive_seed(seed, i, "guidance")) for seed in seeds]
-            denoise = Counted(denoiser(stage, here), drawing, tick)
-            latents = self._sample(stage, x, denoise, draw, callback)
-            picture = stage.codec.decode(latents).float()
+            with self.placed(stage):
+                latents = self._latents(i, stage, spread, told[i], picture, seeds, tick, callback)
+            with self.placed(stage.codec):
+                picture = stage.codec.decode(latents).float()
+            del latents
             if not torch.isfinite(picture).all():
                 raise KitError(f"stage {stage.name!r} gave values that are not finite (in {stage.dtype})")
             picture = picture.clamp(-1, 1)
         assert picture is not None
         return picture
 
-    def _sample(
+    def _latents(
         self,
+        i: int,
         stage: Stage,
-        x: Tensor,
-        denoise: Counted,
-        draw: Callable[[], Tensor],
+        spread: float,
+        told: dict[str, Cond],
+        picture: Tensor | None,
+        seeds: list[int],
+        tick: Callable[[], None],
         callback: Callback | None,
     ) -> Tensor:
-        """Latents (b, c, h, w) of one stage from its starting noise."""
+        """Latents (b, c, h, w) of stage i, which is shown the picture (b, 3, s, s) before it."""
+        side = stage.size // stage.codec.factor
+        generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for seed in seeds]
+        draw = _noise_source(generators, (stage.codec.channels, side, side), self.device)
+        x = draw() * spread
+        here = {name: cond.to(dtype=stage.dtype) for name, cond in told.items()}
+        if picture is not None:
+            aux = _noise_source(generators, (picture.shape[1], side, side), self.device)()
+            shown = dict(stage.low_res(picture, side, stage.low_res_level, aux))
+            shown["low_res"] = shown["low_res"].to(stage.picture_dtype)
+            here = {name: replace(cond, **shown) for name, cond in here.items()}
+        here = {name: _told(cond, stage.told) for name, cond in here.items()}
+        drawing = [torch.Generator().manual_seed(derive_seed(seed, i, "guidance")) for seed in seeds]
+        report = None if callback is None else functools.partial(callback, stage.name)
+        return self.loops.sample(stage, x, here, draw, drawing, tick, report)
 
-        def report(step: int, x: Tensor, x0: Tensor) -> None:
-            assert callback is not None
-            callback(stage.name, step, x, x0)
+    def placed(self, part: Any) -> contextlib.AbstractContextManager[object]:
+        """A block of code in which a part (text encoder, stage, codec) is on the device.
 
-        return stage.sampler.sample(
-            denoise, x, stage.schedule, stage.steps, noise=draw, callback=report if callback else None
-        )
+        Without ``offload`` all parts always are. A text encoder sees to itself: it may remember the prompts.
+        """
+        if self.offload is None or any(part is encoder for encoder in self.text_encoders):
+            return contextlib.nullcontext()
+        return self.offload.turn(*(part.modules if isinstance(part, Stage) else [part]))
 
 
 def derive_seed(seed: int, stage: int, purpose: str = "") -> int:

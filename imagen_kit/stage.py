@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit import codecs
-from imagen_kit.cascade import check_level
+from imagen_kit.caches import base as caches
+from imagen_kit.cascade import LowRes, check_level
 from imagen_kit.codecs.base import Codec
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoise import EXECUTIONS, Denoise, denoise_fn
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.guidance.base import TEXT, Guidance, require, stack
+from imagen_kit.performance.options import Performance
+from imagen_kit.performance.precision import computing_dtype, picture_dtype
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,15 @@ class Stage:
         guidance: strategies in the order they act.
         codec: between pictures and what is diffused.
         low_res_level: noise-conditioning augmentation in [0, 1], from the second stage on.
+        low_res: how the stage is shown the picture before it.
+        text_encoder: the stage's own, like the pipeline's; None for that one.
         sigma_data: spread of the data, for ``edm``.
         networks: further networks by name that guidance asks for, called like the denoiser: a weak one.
         told: numbers that the network is told besides the prompt: ``size`` (a list), ``guidance``.
         execution: what guidance evaluates together: ``batched`` in one call, or ``split``, for less memory.
+        performance: how the networks are run. ``graph`` and ``remember_text`` are the pipeline's to heed; the
+            rest has been done to the networks by ``imagen_kit.performance.apply``.
+        cache: what is kept of the network's inner results from step to step, of ``imagen_kit.caches``.
     """
 
     name: str
@@ -51,16 +59,21 @@ class Stage:
     guidance: tuple[Guidance, ...] = ()
     codec: Codec = field(default_factory=lambda: codecs.create("pixel"))
     low_res_level: float = 0.0
+    low_res: LowRes = LowRes()
+    text_encoder: Any = None
     sigma_data: float = 0.5
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     execution: str = "batched"
     told: Mapping[str, Any] = field(default_factory=dict)
+    performance: Performance = Performance()
+    cache: Any = None
 
     def __post_init__(self) -> None:
         check_level(self.low_res_level, f"low_res_level of stage {self.name!r}")
         if self.execution not in EXECUTIONS:
             raise KitError(unknown("guidance execution", self.execution, EXECUTIONS))
         object.__setattr__(self, "guidance", stack(self.guidance))
+        object.__setattr__(self, "cache", caches.build(self.cache))
         object.__setattr__(self, "steps", check_steps(self.steps))
         if self.size < 1 or self.size % self.codec.factor:
             raise KitError(f"stage {self.name!r}: size {self.size} is not a multiple of {self.codec.factor}")
@@ -76,16 +89,28 @@ class Stage:
         return {branch.cond for strategy in self.guidance for branch in strategy.needs}
 
     def require(self, names: Sequence[str]) -> None:
-        """KitError unless guidance finds what it needs: conditionings among ``names``, networks, layers."""
+        """KitError unless guidance and cache find what they need: conditionings among ``names``, networks, layers."""
         texts = [name for name in self.reads if name.startswith(TEXT) and name != TEXT]
         for strategy in self.guidance:
             require(strategy, [*names, *texts], self.networks)
             strategy.fit(self.denoiser)
+        if self.cache is not None:
+            self.cache.fit(self.denoiser)
+            if self.performance.graph and not self.cache.capturable:
+                raise KitError(
+                    f"stage {self.name!r}: its cache decides on the host, so no CUDA graph can hold the run; "
+                    "choose interval, taylor or deep_cache, or leave out performance graph"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the denoiser computes in."""
-        return next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), torch.float32)
+        return computing_dtype(self.denoiser)
+
+    @property
+    def picture_dtype(self) -> torch.dtype:
+        """The dtype the denoiser is fed with: float32 where its first layer is kept so."""
+        return picture_dtype(self.denoiser)
 
 
 class Counted:
@@ -127,7 +152,9 @@ def denoiser(stage: Stage, conds: Mapping[str, Cond]) -> Denoise:
         guidance=stage.guidance,
         execution=stage.execution,
         sigma_data=stage.sigma_data,
-        dtype=stage.dtype,
+        dtype=stage.picture_dtype,
+        cache=stage.cache,
+        remember_text=stage.performance.remember_text,
     )
 
 

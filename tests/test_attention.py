@@ -13,7 +13,7 @@ from imagen_kit.attention import attention, backends, own_values, record_maps, s
 from imagen_kit.errors import KitError
 
 B, A, N, M, D = 2, 3, 5, 7, 16
-BACKENDS = ["sdpa", "eager", "flex", "xformers"]
+BACKENDS = ["sdpa", "flash", "math", "eager", "flex", "xformers"]
 
 
 def plain_xformers(q, k, v, attn_bias=None, scale=None):
@@ -100,7 +100,7 @@ def test_bfloat16(backend):
     torch.testing.assert_close(got.double(), want, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "xformers"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash", "math", "eager", "xformers"])
 @pytest.mark.parametrize("mask", ["none", "keys", "heads", "one_row_without_keys"])
 def test_gradients(backend, mask):
     direction = torch.randn(B, A, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -163,7 +163,7 @@ def test_recorded_maps():
             lambda q, k, v: attention(q, k, v, backend="spda"),
             "unknown attention backend 'spda'; did you mean 'sdpa'?",
         ),
-        (lambda q, k, v: set_backend("zzz"), "choose from eager, flex, sdpa, xformers"),
+        (lambda q, k, v: set_backend("zzz"), "choose from cudnn, eager, efficient, flash, flash3, flex, math, sdpa, xformers"),
         (lambda q, k, v: use_backend("fleks").__enter__(), "did you mean 'flex'?"),
         (lambda q, k, v: attention(q, k, v, torch.ones(B, M)), "must be bool (True = attend), not float32"),
         (lambda q, k, v: attention(q.requires_grad_(), k, v, backend="flex"), "choose sdpa or eager"),
@@ -178,8 +178,8 @@ def test_errors(call, message):
 
 def test_missing_xformers(monkeypatch):
     monkeypatch.setattr(module, "_has_xformers", lambda: False)
-    assert backends() == ["sdpa", "eager", "flex"]
-    with pytest.raises(KitError, match=r"not installed \(pip install .*; choose from sdpa, eager, flex$"):
+    assert "xformers" not in backends()
+    with pytest.raises(KitError, match=r"not installed \(pip install .*; choose from sdpa, eager, flex, flash"):
         set_backend("xformers")
 
 

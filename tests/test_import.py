@@ -48,6 +48,39 @@ recipe.load("tiny")
     assert not found & set(HEAVY)
 
 
+# What the first picture has no use for: other libraries, and torch's compiler, which seven hundred modules are.
+IDLE = (
+    *HEAVY,
+    "accelerate",
+    "huggingface_hub",
+    "scipy",
+    "sympy",
+    "torchao",
+    "torchvision",
+    "triton",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
+@pytest.mark.parametrize("options", [[], ["--steps", "2", "--sampler", "ddim", "--guidance", "2"]])
+def test_a_picture_is_drawn_without_idle_libraries(tmp_path, options):
+    words = ["generate", "a small red star on a white background", "-o", str(tmp_path / "a.png"), *options]
+    words += ["--set", "stages.1.sampler.steps=1"] if options else []
+    script = "import sys\nprint(*sys.modules, sep='\\n', file=sys.stderr)"
+    code = f"from imagen_kit.cli import main\nassert main({words!r}) == 0\n{script}"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = set(run.stderr.splitlines()) - {"PIL"}  # which writes the picture
+    assert (tmp_path / "a.png").is_file()
+    assert "torch" in found
+    alone = subprocess.run(
+        [sys.executable, "-c", f"import torch\n{script}"], check=True, capture_output=True, text=True
+    )
+    assert not found & set(IDLE) - set(alone.stderr.splitlines())  # some of them torch itself may load
+
+
 @pytest.mark.parametrize("name", dir(imagen_kit))
 def test_every_public_name_is_there(name):
     assert getattr(imagen_kit, name) is not None

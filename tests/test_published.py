@@ -8,7 +8,6 @@ import torch
 from imagen_kit import checkpoints, recipe
 from imagen_kit.errors import KitError, RecipeError
 from imagen_kit.labels import Labels
-from imagen_kit.pipeline import derive_seed
 from imagen_kit.recipe import check, trial
 from imagen_kit.weights import save_safetensors
 
@@ -23,7 +22,7 @@ FIGURES = {
     "pixart-alpha": [(611_349_152, None)],
     "sd3-medium": [(2_084_951_104, None)],
     "flux-dev": [(11_901_408_320, None)],
-    "deepfloyd-if": [(4_304_695_110, 2.88e12), (1.2e9, None)],
+    "deepfloyd-if": [(4_304_695_110, 2.88e12), (1.2e9, None), (473_398_020, None)],
 }
 TABLES = {
     "dit-xl-2-256": 256 * 1152,
@@ -70,6 +69,8 @@ SMALL = {
     "dit-xl-2-512": [f"stages.0.denoiser={DIT}", f"stages.0.codec={KL}", "stages.0.size=64"],
     "adm-256": [
         "stages.0.denoiser={name: adm, out_channels: 6, levels: [{channels: 32}]}",
+        "stages.0.networks.classifier.denoiser={name: adm_classifier, levels: [{channels: 32}], head_dim: 32}",
+        "stages.0.networks.classifier.weights=random",
         "stages.0.size=8",
     ],
     "sd15": [
@@ -118,7 +119,14 @@ SMALL = {
         f"stages.1.denoiser={tiny_if('')}",
         "stages.1.weights=random",
         "stages.1.size=16",
-        "stages.1.sampler.steps=2",
+        "stages.1.sampler={name: ddpm, variance: learned_range, steps: 2}",
+        "stages.2.text_encoder.weights=random",
+        "stages.2.text_encoder.size=tiny",
+        f"stages.2.denoiser={transformer(', num_classes: 1000, embedding: {low_res_noised: false}')}",
+        "stages.2.weights=random",
+        "stages.2.codec={name: kl, widths: [32, 32, 32], blocks: 1}",
+        "stages.2.size=64",
+        "stages.2.sampler.steps=2",
     ],
 }
 
@@ -126,10 +134,10 @@ SMALL = {
 @pytest.mark.parametrize("name", FIGURES)
 def test_published_figures(name):
     system = recipe.load(name)
-    encoder = system.hollow_text_encoder()
     labels = system.spec.labels
     assert len(system.stages) == len(FIGURES[name])
     for index, (parameters, flops) in enumerate(FIGURES[name]):
+        encoder = system.hollow_text_encoder(index)
         with torch.device("meta"):
             module = system.build_stage_denoiser(index, encoder, weights=False)
         assert all(p.is_meta for p in module.parameters())
@@ -210,6 +218,35 @@ def test_faults_are_found_without_weights(name, change, path, rule):
     assert error.match(rule)
 
 
+@pytest.mark.parametrize(
+    ("change", "path", "rule"),
+    [
+        ("stages.2.low_res.told=level", "stages.2.denoiser", "give it labels"),
+        ("stages.1.low_res.told=label", "stages.1.denoiser", "give it low_res and low_res_level"),
+        ("stages.2.denoiser.num_classes=", "stages.2.low_res.told", "reads no labels"),
+        ("stages.1.low_res.schedule={name: cosine}", "stages.1.low_res", "must be discrete"),
+        ("stages.2.low_res.schedule=", "stages.2.low_res", "give low_res.schedule too"),
+        ("stages.2.low_res.schedule.name=scaled_linaer", "stages.2.low_res.schedule.name", "did you mean"),
+        ("stages.2.low_res.tolld=label", "stages.2.low_res.tolld", "did you mean 'told'"),
+        ("stages.0.low_res={align_corners: true}", "stages.0.low_res", "no picture before it"),
+        ("stages.2.text_encoder.layerr=last", "stages.2.text_encoder.layerr", "did you mean 'layer'"),
+        ("stages.1.sampler.steps=40", "stages.1.sampler", "list of 50 times: steps must be 50, not 40"),
+    ],
+)
+def test_faults_of_a_cascade(change, path, rule):
+    steps = [line for line in SMALL["deepfloyd-if"] if "stages.1.sampler" not in line]
+    with pytest.raises(RecipeError) as error:
+        recipe.load("deepfloyd-if", [*steps, change])
+    assert any(fault.path.startswith(path) for fault in error.value.faults)
+    assert error.match(rule)
+
+
+def test_a_stage_of_labels_has_no_text_encoder():
+    small = [*SMALL["adm-256"], "stages.0.text_encoder=t5"]
+    with pytest.raises(RecipeError, match=r"stages\.0\.text_encoder: prompts are labels here"):
+        recipe.load("adm-256", small)
+
+
 # ---- weights -----------------------------------------------------------------------------------------------
 
 
@@ -237,44 +274,3 @@ def test_weights_of_any_format_fill_denoiser_and_codec(tmp_path):
         assert wanted.keys() == found.keys()
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
     assert torch.equal(first("a star", seed=1).tensor, again("a star", seed=1).tensor)
-
-
-def test_sd15_paints_what_diffusers_paints(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=4,
-    )
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32,) * 4, down_block_types=down, up_block_types=up, latent_channels=4
-    )
-    unet.save_pretrained(tmp_path / "unet")
-    vae.save_pretrained(tmp_path / "vae")
-    changes = [*SMALL["sd15"][:2], f"stages.0.codec={KL[:-1]}, weights: {tmp_path / 'vae'}}}"]
-    changes += [f"stages.0.weights={tmp_path / 'unet'}", "stages.0.size=64", "stages.0.sampler.steps=5"]
-    ours = recipe.load("sd15", changes).build()
-    picture = ours("a star", seed=7).tensor
-
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=True,
-        steps_offset=1,
-    )
-    scheduler.set_timesteps(5)
-    embedded = ours.text_encoder(["", "a star"]).tokens
-    x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(derive_seed(7, 0)))[None]
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            empty, text = unet(x.expand(2, -1, -1, -1), t, embedded).sample.chunk(2)
-            x = scheduler.step(empty + 7.5 * (text - empty), t, x).prev_sample
-        wanted = vae.decode(x / vae.config.scaling_factor).sample.div(2).add(0.5).clamp(0, 1)
-    assert (picture - wanted).abs().max() < 1e-4

@@ -126,10 +126,7 @@ def _encode(module: Any, origin: Origin) -> str:
     length = min(TOKENS, module.max_length)
     mask = torch.ones(1, length, dtype=torch.bool)
     ids = torch.zeros(1, length, dtype=torch.long)
-    if origin.part == "t5":
-        module.network(input_ids=ids)  # with a mask transformers looks at its values, and there are none
-    else:
-        module._run(ids, mask, torch.zeros(1, dtype=torch.long))
+    module._run(ids, mask, torch.zeros(1, dtype=torch.long))
     return f"encoding {length} tokens"
 
 

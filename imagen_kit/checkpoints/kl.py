@@ -12,11 +12,13 @@ from imagen_kit.errors import KitError
 _GROUPS = 32
 
 
-def _scaling(shapes: Shapes, channels: int) -> tuple[float, float]:
+def _scaling(shapes: Shapes, channels: int, levels: int) -> tuple[float, float]:
     """(scale, shift) of the published autoencoder; what else the file holds tells those apart that look alike."""
     if channels == 16:
         sd3 = shapes.whole.has("model.diffusion_model.joint_blocks.{i}.{rest}")
         return (1.5305, 0.0609) if sd3 else (0.3611, 0.1159)
+    if levels == 3:
+        return 0.08333, 0.0  # the 4× upscaler's
     sdxl = shapes.whole.has("conditioner.embedders.{i}.{rest}")
     return (0.13025, 0.0) if sdxl else (0.18215, 0.0)
 
@@ -25,7 +27,7 @@ def _configure_official(shapes: Shapes, config: Config | None) -> dict[str, Any]
     config = config or {}
     levels = shapes.count("encoder.down.{i}.{rest}")
     channels = shapes["decoder.conv_in.weight"][1]
-    scale, shift = _scaling(shapes, channels)
+    scale, shift = _scaling(shapes, channels, levels)
     return _kwargs(
         channels,
         [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
@@ -85,7 +87,7 @@ def _configure_diffusers(shapes: Shapes, config: Config | None) -> dict[str, Any
     widths = config.get("block_out_channels") or [
         shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)
     ]
-    scale, shift = _scaling(shapes, channels)
+    scale, shift = _scaling(shapes, channels, levels)
     if config:  # diffusers' own defaults
         scale, shift = float(config.get("scaling_factor", 0.18215)), float(config.get("shift_factor") or 0.0)
     return _kwargs(

@@ -15,6 +15,7 @@ from imagen_kit.checkpoints import formats
 from imagen_kit.checkpoints.formats import Config, Format, Shapes
 from imagen_kit.checkpoints.rules import Ignore, Step, plan, to_foreign
 from imagen_kit.errors import KitError, nearest
+from imagen_kit.hollow import hollow_parameters
 
 TOKENIZER = "_tokenizer"  # key under which a config names the folder of the tokenizer that was beside it
 _SHOWN = 6  # faults listed of each sort; the line says how many more there are
@@ -147,11 +148,9 @@ def hollow(origin: Origin) -> nn.Module:
     """The module with parameters on the meta device: no memory, no time spent on random numbers."""
     from importlib import import_module
 
-    from accelerate import init_empty_weights
-
     registry = import_module(f"imagen_kit.{origin.kind}s")
     name = origin.part
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), _quiet():
+    with torch.random.fork_rng(devices=[]), hollow_parameters(), _quiet():
         try:
             return registry.create(name, **origin.arguments()).eval()
         except KitError:

@@ -51,6 +51,14 @@ def _table(grid: int, interpolation: float, width: int) -> Tensor:
     return torch.cat([x, y], -1).reshape(1, grid * grid, width).float()
 
 
+def _compression(shapes: Shapes) -> dict[str, Any]:
+    """Of the keys and values of PixArt-Σ's blocks."""
+    depth = shapes.count("blocks.{i}.{rest}")
+    found = [i for i in range(depth) if f"blocks.{i}.attn.sr.weight" in shapes]
+    ratio = shapes[f"blocks.{found[0]}.attn.sr.weight"][-1] if found else 1
+    return {"compress": ratio, "compressed": found}
+
+
 def _configure_official(shapes: Shapes, config: Config | None) -> dict[str, Any]:
     config = config or {}
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -74,6 +82,7 @@ def _configure_official(shapes: Shapes, config: Config | None) -> dict[str, Any]
         "details": {
             "mlp_ratio": shapes["blocks.0.mlp.fc1.bias"][0] / width,
             "grid": grid,
+            **_compression(shapes),
             "interpolation": float(
                 config.get(
                     "lewei_scale",
@@ -137,6 +146,8 @@ def _rules_diffusers(kwargs: Mapping[str, Any]) -> list[Rule]:
     ratio = kwargs["details"].get("mlp_ratio", 4.0)
     if ratio != 4.0:
         raise KitError(f"this pixart has mlp_ratio {ratio}, which diffusers' PixArt cannot say: it has 4")
+    if kwargs["details"].get("compressed"):
+        raise KitError("this pixart compresses keys and values, which diffusers' PixArt cannot say")
     theirs, ours = "transformer_blocks.{i}.", "blocks.{i}."
     rules: list[Rule] = []
     for end in ("weight", "bias"):

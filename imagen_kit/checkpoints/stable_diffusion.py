@@ -12,10 +12,11 @@ from imagen_kit.errors import KitError
 
 _SIZE_WIDTH = 256  # of one embedded size number in SDXL
 _REFINER = 2560  # pooled text and sizes of SDXL's refiner, which is told five numbers instead of six
-_FIRST = 768  # width of CLIP-L's tokens: Stable Diffusion 1.x alone, which has 8 heads instead of heads of 64
+_FIRST = 768  # width of CLIP-L's tokens: Stable Diffusion 1.x alone, which has 8 heads instead of heads of 64,
+# as has the 4× upscaler, which alone has labels
 
 
-def _heads(arguments: Mapping[str, Any], given: Any, context: int) -> None:
+def _heads(arguments: Mapping[str, Any], given: Any, context: int, classes: int | None) -> None:
     """Set the number of heads: ``given`` for all, or by level; None for the published choice."""
     levels = arguments["levels"]
     numbers = list(given) if isinstance(given, (list, tuple)) else [given] * len(levels)
@@ -24,7 +25,7 @@ def _heads(arguments: Mapping[str, Any], given: Any, context: int) -> None:
     everywhere = [*levels, {**levels[-1], "attention": arguments["middle"]}]
     for level, number in zip(everywhere, [*numbers, numbers[-1]], strict=True):
         if level["attention"]:
-            own = 8 if context == _FIRST else level["channels"] // 64
+            own = 8 if context == _FIRST or classes is not None else level["channels"] // 64
             level["attention"]["heads"] = own if number is None else int(number)
 
 
@@ -59,8 +60,8 @@ def _configure_official(shapes: Shapes, config: Config | None) -> dict[str, Any]
     given = config.get("num_heads")
     if config.get("num_head_channels", -1) != -1:
         given = [level["channels"] // int(config["num_head_channels"]) for level in arguments["levels"]]
-    _heads(arguments, None if given == -1 else given, context)
     classes = guided_keys.classes(shapes, "label_emb.weight", None)
+    _heads(arguments, None if given == -1 else given, context, classes)
     facts = shapes.get("label_emb.0.0.weight", (0, None))[1]
     return {
         **_told(arguments, facts, classes, _SIZE_WIDTH),
@@ -100,10 +101,10 @@ def _configure_diffusers(shapes: Shapes, config: Config | None) -> dict[str, Any
     diffusers_keys.require(config, _FIXED)
     context = shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1]
     default = 8 if config else None  # the library's, where a config does not say
-    _heads(arguments, config.get("attention_head_dim", default), context)
+    classes = guided_keys.classes(shapes, "class_embedding.weight", config.get("num_class_embeds"))
+    _heads(arguments, config.get("attention_head_dim", default), context, classes)
     _cells(arguments, config.get("only_cross_attention", False))
     facts = shapes.get("add_embedding.linear_1.weight", (0, None))[1]
-    classes = guided_keys.classes(shapes, "class_embedding.weight", config.get("num_class_embeds"))
     size_width = int(config.get("addition_time_embed_dim") or _SIZE_WIDTH)
     return {
         **_told(arguments, facts, classes, size_width),

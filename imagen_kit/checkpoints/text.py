@@ -13,8 +13,9 @@ from typing import Any
 
 from imagen_kit.checkpoints.formats import Config, Format, Shapes, register
 from imagen_kit.checkpoints.loading import TOKENIZER
-from imagen_kit.checkpoints.rules import Ignore, Rename, Rule, Transform
+from imagen_kit.checkpoints.rules import Ignore, Rename, Rule
 from imagen_kit.errors import KitError
+from imagen_kit.hollow import hollow_parameters
 
 _BYTES = 384  # largest vocabulary of a byte tokenizer
 
@@ -45,9 +46,8 @@ def _configure_t5(shapes: Shapes, config: Config | None) -> dict[str, Any]:
 
 
 def _rules_t5(kwargs: Mapping[str, Any]) -> list[Rule]:
-    tied = ["network.shared.weight", "network.encoder.embed_tokens.weight"]
     return [
-        Transform("shared.weight", tied, lambda table: (table, table), lambda shared, _: shared),
+        Rename("shared.weight", "network.shared.weight"),
         Rename("encoder.{rest}", "network.encoder.{rest}"),
         Ignore("encoder.embed_tokens.weight"),  # the same table once more
         Ignore("decoder.{rest}"),
@@ -100,11 +100,10 @@ def _activation(width: int) -> str:
 def _clip_prefix(projected: bool) -> str:
     """What transformers puts before the tower's names, which differs between its versions and classes."""
     import transformers as hf
-    from accelerate import init_empty_weights
 
     tiny: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     kind = hf.CLIPTextModelWithProjection if projected else hf.CLIPTextModel
-    with init_empty_weights():
+    with hollow_parameters():
         keys = kind(hf.CLIPTextConfig(**tiny, num_attention_heads=1)).state_dict()
     return "text_model." if any(key.startswith("text_model.") for key in keys) else ""
 

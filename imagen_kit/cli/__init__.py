@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from imagen_kit import __version__
+from imagen_kit.cli.bench import bench
 from imagen_kit.cli.compare import compare
 from imagen_kit.cli.convert import convert
 from imagen_kit.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ app.command("show")(show)
 app.command("train")(train)
 app.command("evaluate")(evaluate)
 app.command("compare")(compare)
+app.command("bench")(bench)
 app.command("convert")(convert)
 
 

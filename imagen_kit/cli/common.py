@@ -35,7 +35,13 @@ GuidanceOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; a GPU where there is one.")
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Precision of the denoisers: fp32, bf16 or fp16.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Precision of the denoisers whose recipe leaves it open: fp32, bf16, fp16, or auto: the fastest here.",
+    ),
+]
 
 
 def load_recipe(
@@ -86,14 +92,13 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def find_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as a torch dtype."""
-    import torch
+def find_dtype(name: str) -> str:
+    """fp32, bf16, fp16 or auto; KitError for another precision."""
+    from imagen_kit.performance.options import DTYPES
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in dtypes:
-        raise KitError("--dtype: " + unknown("precision", name, dtypes))
-    return dtypes[name]
+    if name not in DTYPES:
+        raise KitError("--dtype: " + unknown("precision", name, DTYPES))
+    return name
 
 
 @contextlib.contextmanager

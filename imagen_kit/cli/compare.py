@@ -33,6 +33,13 @@ def compare(
         str,
         typer.Option("--samplers", help="Comma-separated; with options as in ddim:eta=1:spacing=karras."),
     ] = "ddim,dpmpp_2m,heun,euler_ancestral",
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            "--caches",
+            help="Step caches to draw with each sampler: none,deep_cache:every=3,first_block; the recipe's by default.",
+        ),
+    ] = None,
     steps: Annotated[str | None, typer.Option("--steps", help="Comma-separated; 5,10,20 by default.")] = None,
     nfe: Annotated[
         str | None,
@@ -108,7 +115,7 @@ def compare(
     dtype: common.DtypeOption = "fp32",
     assignments: common.SetOption = None,
 ) -> None:
-    """Draw the same captions from the same noise with each sampler, budget, guidance scale and seed, and compare.
+    """Draw the same captions from the same noise with each sampler, cache, budget, guidance scale and seed; compare.
 
     Written down: distance to the converged picture, distances to the data, accuracy by the judge; network
     evaluations, seconds and memory. A run that was stopped goes on where it was when the same command is given
@@ -124,6 +131,7 @@ def compare(
     scales = [None] if guidance is None else parse_numbers("--guidance", guidance)
     repeats = parse_whole("--seeds", seeds, least=0)
     names = parse_samplers(samplers)
+    cached = None if caches is None else parse_samplers(caches, "caches")
     bounds = (("--num", count, 1), ("--batch-size", batch_size, 1), ("--data-num", real, 1))
     for option, number, least in (*bounds, ("--thumbnails", shown, 0)):
         if number is not None and number < least:
@@ -135,6 +143,7 @@ def compare(
         target,
         comparing.Request(
             samplers=names,
+            caches=cached,
             counts=counts if budget == "steps" else [1],
             given=given,
             spacing=spacing,
@@ -202,11 +211,11 @@ def _budget(steps: str | None, nfe: str | None) -> tuple[str, list[int]]:
     return "steps", parse_whole("--steps", "5,10,20" if steps is None else steps, least=1)
 
 
-def parse_samplers(text: str) -> list[str]:
+def parse_samplers(text: str, kind: str = "samplers") -> list[str]:
     """``"ddim, heun"`` → ["ddim", "heun"]; KitError for none."""
     names = [word.strip() for word in text.split(",") if word.strip()]
     if not names:
-        raise KitError("--samplers is empty; imagen-kit list samplers shows what there is")
+        raise KitError(f"--{kind} is empty; imagen-kit list {kind} shows what there is")
     return list(dict.fromkeys(names))
 
 

@@ -20,6 +20,7 @@ ANALYTIC = "analytic:"
 LEAST_FOR_FEATURES = 16  # pictures; fewer say nothing of a distribution, so by default it is not asked
 SAMPLES = 2000  # real ones that an analytic problem's are compared with, by default
 ONLY_RECIPES = {
+    "caches": "--caches",
     "language": "--language",
     "split": "--split",
     "prompts": "--prompts",
@@ -40,6 +41,7 @@ class Request:
 
     Attributes:
         samplers: with options, see ``spec.parse_part``.
+        caches: likewise, or ``none``; None for the recipe's own.
         counts: steps that each sampler must be able to take.
         given: names of the options that were written down.
         spacing, schedule, n, prompts, batch_size, assignments: the options of these names.
@@ -49,6 +51,7 @@ class Request:
     """
 
     samplers: Sequence[str]
+    caches: Sequence[str] | None
     counts: Sequence[int]
     given: set[str]
     spacing: str | None
@@ -120,6 +123,9 @@ def _recipe(name: str, request: Request) -> Chosen:
         for steps in dict.fromkeys((min(request.counts), max(request.counts))):
             part = json.dumps({**entry.part, "steps": steps})
             common.load_recipe(name, [*request.assignments, f"stages.0.sampler={part}"])
+    if request.caches is not None:
+        _check_caches(name, request)
+        entries = spec.with_caches(entries, request.caches, own=checked.stages[0].cache is not None)
     with common.working(f"loading {checked.name}"):
         subject = RecipeSubject(
             checked.build(where, precision),
@@ -136,6 +142,15 @@ def _recipe(name: str, request: Request) -> Chosen:
             measured["real"] or REAL,
         )
     return Chosen(subject, entries, measures)
+
+
+def _check_caches(name: str, request: Request) -> None:
+    """KitError unless the recipe's first stage could have each of the caches."""
+    for text in request.caches or ():
+        if text != spec.NO_CACHE:
+            cache, options = spec.checked("cache", text)
+            part = json.dumps({"name": cache, **options})
+            common.load_recipe(name, [*request.assignments, f"stages.0.cache={part}"])
 
 
 def _captions(request: Request) -> dict[str, Any]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from imagen_kit.cli import common
 from imagen_kit.errors import KitError
 from imagen_kit.files import require_writable
+
+if TYPE_CHECKING:
+    import torch
+
+    from imagen_kit.pipeline import Pipeline
 
 
 def generate(
@@ -42,7 +47,7 @@ def generate(
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Most pictures at a time.")] = None,
     device: common.DeviceOption = None,
-    dtype: common.DtypeOption = "fp32",
+    dtype: common.DtypeOption = "auto",
     assignments: common.SetOption = None,
 ) -> None:
     """Draw pictures of prompts.
@@ -50,6 +55,7 @@ def generate(
     The same prompt, seed and settings give the same picture, whatever else is drawn with it.
     """
     from imagen_kit.images import output_paths
+    from imagen_kit.performance.compiling import compile_seconds
 
     for place, prompt in enumerate(prompts, 1):
         if not prompt.strip():
@@ -68,6 +74,7 @@ def generate(
     where, precision = common.find_device(device), common.find_dtype(dtype)
     with common.working(f"loading {checked.name}"):
         pipeline = checked.build(where, precision)
+    typer.echo(_how(pipeline, where), err=True)
     began = time.perf_counter()
     images = pipeline(
         prompts,
@@ -82,7 +89,17 @@ def generate(
     seconds = time.perf_counter() - began
     for path in images.save(output):
         typer.echo(path)
-    typer.echo(f"{len(images)} picture{'s' * (len(images) != 1)} in {seconds:.1f} s", err=True)
+    compiling = sum(compile_seconds(stage.denoiser) for stage in pipeline.stages)
+    spent = f", {compiling:.1f} s of them compiling" if compiling else ""
+    typer.echo(f"{len(images)} picture{'s' * (len(images) != 1)} in {seconds:.1f} s{spent}", err=True)
+
+
+def _how(pipeline: Pipeline, device: torch.device) -> str:
+    """``cpu, 2 threads: base bf16 channels-last eager, sr channels-last eager``."""
+    from imagen_kit.performance.automatic import machine
+
+    stages = [f"{stage.name} {stage.performance.brief()}" for stage in pipeline.stages]
+    return f"{machine(device)}: {', '.join(stages)}"
 
 
 def _weighted(text: str) -> tuple[str, float]:

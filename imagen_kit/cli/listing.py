@@ -10,7 +10,7 @@ import typer
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.registry import Registry
 
-KINDS = ("text_encoders", "denoisers", "samplers", "guidance", "schedules", "codecs", "data")
+KINDS = ("text_encoders", "denoisers", "samplers", "guidance", "caches", "schedules", "codecs", "data")
 
 
 def list_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,14 +92,15 @@ def _print_part(facts: dict[str, Any]) -> None:
 
 def _print_recipe(recipe: Recipe) -> None:
     from imagen_kit.cli.show_guidance import cost
+    from imagen_kit.performance.options import Performance
 
-    encoder, modules = _hollow(recipe)  # first: it may fail, and then nothing is printed
+    encoders, modules = _hollow(recipe)  # first: it may fail, and then nothing is printed
     typer.echo(f"{typer.style(recipe.name, bold=True)}: {recipe.spec.description}".rstrip(": "))
     labels, text = recipe.spec.labels, recipe.spec.text_encoder
     if labels is not None:
         typer.echo(f"labels        {labels.classes} classes" + (", and one for none" if labels.null else ""))
     elif text is not None:
-        typer.echo(f"text encoder  {_spoken(text)}  {_size(encoder)}")
+        typer.echo(f"text encoder  {_spoken(text)}  {_size(encoders[0])}")
     total = 0
     for index, stage in enumerate(recipe.stages):
         parts = recipe.build_stage_parts(index, hollow=True)
@@ -106,7 +108,10 @@ def _print_recipe(recipe: Recipe) -> None:
         total += sum(spent.passes)
         weights = "random weights" if stage.weights == "random" else stage.weights
         typer.echo(f"stage {typer.style(stage.name, bold=True)}  {stage.size}×{stage.size} px, {weights}")
+        encoder = encoders[index + 1]
         sizes = _size(modules[index]) + _cost(recipe, index, encoder, modules[index])
+        if stage.text_encoder is not None:
+            typer.echo(f"  text        {_spoken(stage.text_encoder)}  {_size(encoder)}")
         typer.echo(f"  denoiser    {_spoken(stage.denoiser)}  {sizes}")
         typer.echo(f"  schedule    {_spoken(stage.schedule)}, prediction {stage.prediction}")
         size = f"  {_size(parts['codec'])}" if hasattr(parts["codec"], "parameters") else ""
@@ -114,25 +119,35 @@ def _print_recipe(recipe: Recipe) -> None:
         typer.echo(f"  sampler     {_spoken(stage.sampler)}")
         typer.echo(f"  guidance    {', '.join(map(_spoken, stage.guidance)) or 'none'}")
         if index:
-            typer.echo(f"  low-res     noise level {stage.low_res_level:g}")
+            noising = stage.low_res.schedule
+            by = "" if noising is None else f" of {_spoken(noising)}, told as {stage.low_res.told}"
+            typer.echo(f"  low-res     noise level {stage.low_res_level:g}{by}")
+        if run := Performance(**stage.performance.model_dump()).words():
+            typer.echo(f"  run         {run}")
+        if stage.cache is not None:
+            typer.echo(f"  cache       {_spoken(stage.cache)}")
         for key, value in stage.told.model_dump(exclude_none=True).items():
             typer.echo(f"  told        {key} {value}")
         for network, part in stage.networks.items():
             typer.echo(f"  network     {network}: {_spoken(part.denoiser)}, {part.weights} weights")
         typer.echo(f"  evaluations {spent}")
+    if recipe.spec.offload != "none":
+        typer.echo(f"offload       {recipe.spec.offload}")
     if recipe.stages:
         typer.echo(f"network passes a picture: {total}")
 
 
-def _hollow(recipe: Recipe) -> tuple[Any, list[Any]]:
-    """Text encoder and denoisers without memory for their weights, to count parameters of any size."""
-    import torch
+def _hollow(recipe: Recipe) -> tuple[list[Any], list[Any]]:
+    """Text encoders (the recipe's, then each stage's) and denoisers without memory, to count any size."""
+    from imagen_kit.hollow import sketched
 
-    encoder = recipe.hollow_text_encoder()
-    with torch.device("meta"):
-        return encoder, [
-            recipe.build_stage_denoiser(i, encoder, weights=False) for i in range(len(recipe.stages))
-        ]
+    first = recipe.hollow_text_encoder()
+    encoders = [
+        first if stage.text_encoder is None else recipe.hollow_text_encoder(i)
+        for i, stage in enumerate(recipe.stages)
+    ]
+    build = partial(recipe.build_stage_denoiser, weights=False)
+    return [first, *encoders], [sketched(partial(build, i, encoder)) for i, encoder in enumerate(encoders)]
 
 
 def _cost(recipe: Recipe, index: int, encoder: Any, module: Any) -> str:

@@ -316,6 +316,12 @@ def kl_sd(**options) -> Kl:
     return Kl(channels=4, scale=0.18215, **options)
 
 
+@_size("kl_sd_x4", used_by="Stable Diffusion's 4× upscaler")
+def kl_sd_x4(**options) -> Kl:
+    """Of Stable Diffusion's 4× upscaler: 4 channels, side / 4, 55 M parameters. In fp16 it overflows."""
+    return Kl(channels=4, widths=(128, 256, 512), scale=0.08333, **options)
+
+
 @_size("kl_sdxl", used_by="SDXL, PixArt-Σ")
 def kl_sdxl(**options) -> Kl:
     """SDXL's: as Stable Diffusion 1's, trained anew. In fp16 the published weights overflow: use bf16 or fp32."""

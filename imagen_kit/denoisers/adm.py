@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import AttentionBlock, Style
+from imagen_kit.denoisers.layers.context import Context, remember
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder, timestep_embedding
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.skeleton import Attention, Level, Skeleton, spec
@@ -150,6 +151,8 @@ class ADM(Skeleton):
             self.micro = nn.Sequential(nn.Linear(self.facts, dim), nn.SiLU(), nn.Linear(dim, dim))
         widths = (in_channels + low_res_channels, self.out_channels)
         self.build(widths, stages, centre, dim, self._attention, style, double=True)
+        self.vectors = int(self.text_pool is not None or self.micro is not None)
+        self.number_units(self.vectors)
 
     @staticmethod
     def _check(told: Embedding, context_dim: int | None, pooled_dim: int | None) -> None:
@@ -183,19 +186,31 @@ class ADM(Skeleton):
             cells=kind.cells,
         )
 
-    def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
-        """Activated embedding (b, e) of time and conditioning, text tokens (b, n, d) for the attention."""
-        emb, context = self.time(t), cond.tokens if self.context_width else None
+    def _read(self, cond: Cond) -> tuple[Tensor | None, Tensor | None]:
+        """What the text says to the embedding (b, e), and its tokens (b, n, d) for the attention."""
+        text, vector = cond.tokens if self.context_width else None, None
+        if self.text_project is not None and self.text_pool is not None and text is not None:
+            vector = self.text_pool(text) if cond.pooled is None else cond.pooled
+            if vector.shape != (len(text), self.embed_dim):
+                raise KitError(f"pooled text of shape {tuple(vector.shape)}: this adm pools its text itself")
+            text = self.text_project(text)
+        if self.micro is not None and cond.pooled is not None:
+            vector = self.micro(self._facts(cond.pooled, cond.size))
+        return vector, text
+
+    def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Context]:
+        """Activated embedding (b, e) of time and conditioning, text tokens (b, n, d) or their memory."""
+        emb = self.time(t)
+        vector: Tensor | None
+        context: Context
+        if cond.memory is None:
+            vector, context = self._read(cond)
+        else:
+            vector, context = cond.memory[0] if self.vectors else None, cond.memory
         if self.labels is not None and cond.labels is not None:
             emb = emb + self.labels(cond.labels)
-        if self.text_project is not None and self.text_pool is not None and context is not None:
-            vector = self.text_pool(context) if cond.pooled is None else cond.pooled
-            if vector.shape != emb.shape:
-                raise KitError(f"pooled text of shape {tuple(vector.shape)}: this adm pools its text itself")
+        if vector is not None:
             emb = emb + vector
-            context = self.text_project(context)
-        if self.micro is not None and cond.pooled is not None:
-            emb = emb + self.micro(self._facts(cond.pooled, cond.size))
         if self.low_res_level is not None and cond.low_res_level is not None:
             emb = emb + self.low_res_level(cond.low_res_level)
         return self.style.activate(emb), context
@@ -214,6 +229,12 @@ class ADM(Skeleton):
                 f"embedded), not {facts.shape[1]}: give cond.pooled and cond.size"
             )
         return facts
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: what the text says to the embedding, and every layer's keys and values of it."""
+        self.inputs.check_text(cond)
+        vector, text = self._read(cond)
+        return cond if vector is None and text is None else remember(self, cond, text, vector)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.

@@ -1,7 +1,7 @@
 """Published sizes of ``adm``: ADM, DeepFloyd IF, Stable Diffusion, DDPM, each with its sampling defaults.
 
-Widths are those of the released checkpoints. IF-II-M and IF-III were released without a config that can be read,
-or not at all: they load from their files, whose shapes tell, but have no name here.
+Widths are those of the released checkpoints. IF-II-M was released without a config that can be read: it loads from
+its file, whose shapes tell, but has no name here. IF-III was never released; its authors use ``sd_x4_unet`` instead.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def if_i_xl(context_dim: int = 4096, time_scale: float = 1.0, runtime: Runtime =
 
 @register("if_ii_l", **_learned("cosine", steps=50, guidance=4.0, low_res_level=0.25))
 def if_ii_l(context_dim: int = 4096, time_scale: float = 1.0, runtime: Runtime = None) -> ADM:
-    """DeepFloyd IF-II-L, text and 64² → 256²: 1.2 B parameters."""
+    """DeepFloyd IF-II-L, text and 64² → 256²: 1.18 B parameters (published as 1.2 B)."""
+    # The released stage II attends to the text alone: its files hold no self-attention keys. With them it would
+    # count 1.24 B, which rounds to the same.
     spec = levels((160, 320, 640, 960, 1280), (2, 2, 3, 5, 5), _last(2, 5, head_dim=64, cells=False))
     style = {**IF_STYLE, "skip_scale": 0.7071}
     embedding = {"dim": 1280, "text_width": 1280}
@@ -156,6 +158,34 @@ def sd21_unet(context_dim: int = 1024, time_scale: float = 1.0, runtime: Runtime
     attention = {"kind": "transformer", "head_dim": 64}
     spec = levels((320, 640, 1280, 1280), 2, {0: attention, 1: attention, 2: attention})
     return ADM(*(4, 4, spec, attention, SD_STYLE, None, context_dim), time_scale=time_scale, runtime=runtime)
+
+
+@register(
+    "sd_x4_unet",
+    **_sampling(
+        {"name": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02},
+        *("v",),
+        sampler="ddim",
+        steps=75,
+        guidance=9.0,
+        low_res_level=0.02,
+    ),
+)
+def sd_x4_unet(context_dim: int = 1024, time_scale: float = 1.0, runtime: Runtime = None) -> ADM:
+    """Stable Diffusion's 4× upscaler, latents of side s joined with an RGB picture of side s → 4s: 473 M parameters.
+
+    Its labels are the steps of the noise on that picture, of 1000 (see ``imagen_kit.cascade.LowRes``).
+    """
+    alone, whole = ({"kind": "transformer", "heads": 8, "cells": cells} for cells in (False, True))
+    return ADM(
+        *(4, 4, levels((256, 512, 512, 1024), 2, {1: alone, 2: alone, 3: whole}), None, SD_STYLE),
+        embedding={"low_res_noised": False},
+        context_dim=context_dim,
+        num_classes=1000,
+        low_res_channels=3,
+        time_scale=time_scale,
+        runtime=runtime,
+    )
 
 
 @register("sdxl_unet", **_latent(sampler="euler", steps=50, guidance=5.0))

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import zeroed
+from imagen_kit.denoisers.layers.context import Context, number, remember, share
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
+from imagen_kit.denoisers.layers.inner import run_blocks, shares
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.text import TextAdapter
 from imagen_kit.denoisers.layers.transformer import (
@@ -89,8 +91,8 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, details["mlp_ratio"])
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Patches (b, n, d), conditioning (b, d), text (b, m, d), mask (b, m) bool → (b, n, d)."""
+    def forward(self, x: Tensor, c: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """Patches (b, n, d), conditioning (b, d), the block's share of the text, mask (b, m) → (b, n, d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         if self.norm_cross is not None and self.cross_attn is not None and context is not None:
@@ -197,6 +199,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, context_dim is not None, variant) for _ in range(depth)
         )
+        number(self.blocks, first=1)
         self.final_layer = FinalLayer(width, patch_size**2 * self.out_channels)
         self._initialise()
         # last, as it has an initialisation of its own
@@ -241,8 +244,8 @@ class DiT(nn.Module):
         zeroed(self.final_layer.adaLN_modulation[1])  # type: ignore[arg-type]
         zeroed(self.final_layer.linear)
 
-    def _condition(self, t: Tensor, cond: Cond) -> tuple[list[Tensor], Tensor | None]:
-        """Per block the sum (b, d) of all vectors it is modulated by; adapted text tokens (b, m, d)."""
+    def _condition(self, t: Tensor, cond: Cond) -> tuple[list[Tensor], Context]:
+        """Per block the sum (b, d) of all vectors it is modulated by; adapted text (b, m, d) or its memory."""
         if self.embedders is not None:
             vectors = [embedder(t, cond.labels) for embedder in self.embedders]
         else:
@@ -251,14 +254,25 @@ class DiT(nn.Module):
             if self.y_embedder is not None and cond.labels is not None:
                 c = c + self.y_embedder(cond.labels)
             vectors = [c] * len(self.blocks)
-        context = None
+        context: Context = cond.memory
         if self.text is not None and cond.tokens is not None:
-            context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            if cond.memory is None:
+                context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            else:
+                vector = cond.memory[0]
             vectors = [c + vector for c in vectors]
         if self.low_res_level is not None and cond.low_res_level is not None:
             level = self.low_res_level(cond.low_res_level)
             vectors = [c + level for c in vectors]
         return vectors, context
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text adapted and pooled, and every block's keys and values of it."""
+        if self.text is None:
+            return cond
+        self.inputs.check_text(cond)
+        text, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+        return remember(self, cond, text, vector)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -280,15 +294,25 @@ class DiT(nn.Module):
         h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         tokens = self.x_embedder(picture)
         tokens = tokens + sincos_positions(h, w, self.width, x.device).to(tokens.dtype)
-        for block, c in zip(self.blocks, vectors, strict=True):
-            if self.checkpointing and self.training:
-                tokens = checkpoint(block, tokens, c, context, cond.mask, use_reentrant=False)  # type: ignore[assignment]
-            else:
-                tokens = block(tokens, c, context, cond.mask)
+        tokens = run_blocks(self._block, len(self.blocks), tokens, (vectors, context, cond.mask))
         out = self.final_layer(tokens, vectors[0])
         p = self.patch_size
         patches = out.unflatten(1, (h, w)).unflatten(3, (p, p, -1))  # b h w p p c
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def _block(
+        self, i: int, tokens: Tensor, vectors: list[Tensor], context: Context, mask: Tensor | None
+    ) -> Tensor:
+        """Tokens (b, n, d) after block ``i``."""
+        told = vectors[i], share(context, self.blocks[i]), mask
+        if self.checkpointing and self.training:
+            return checkpoint(self.blocks[i], tokens, *told, use_reentrant=False)  # type: ignore[return-value]
+        return self.blocks[i](tokens, *told)
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        return shares(len(self.blocks))
 
 
 def _size(name: str) -> Callable[[Callable[..., DiT]], Callable[..., DiT]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from imagen_kit.attention import attention
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
+from imagen_kit.denoisers.layers.inner import inner, place
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit
 from imagen_kit.denoisers.layers.skeleton import Level, Skeleton
@@ -30,6 +32,7 @@ RESIDUAL = ATTENTION = 0.3  # share of a branch in the sum with its shortcut
 LABEL = CONCAT = 0.5
 CLIP = 256.0  # bound on activations, for float16
 Runtime = Mapping[str, bool] | None
+Named = list[tuple[str, nn.Module]]
 
 
 class MPBlock(nn.Module):
@@ -225,15 +228,40 @@ class EDM2(Skeleton):
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # in place of biases
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        skips = []
-        for name, block in self.enc.items():
+        enc, dec = list(self.enc.items()), list(self.dec.items())
+        cut = place(len(enc))
+        turn = [i for i, (name, _) in enumerate(dec) if "block" in name][-cut]
+        skips: list[Tensor] = []
+        x = self._down(enc[:cut], skips, x, emb)
+        x = inner(partial(self._inside, enc[cut:], dec[:turn]), x, (emb,))
+        x = self._up(dec[turn:], skips, x, emb)
+        return self.out_conv(x, self.out_gain)
+
+    def _inside(self, enc: Named, dec: Named, x: Tensor, emb: Tensor) -> Tensor:
+        """What the innermost of the outer skip connections (b, c, h, w) is joined with on the way up."""
+        skips: list[Tensor] = []
+        x = self._down(enc, skips, x, emb)
+        return self._up(dec, skips, x, emb)
+
+    def _down(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
+        for name, block in blocks:
             x = block(x) if name == "0_conv" else self._apply_block(block, x, emb)
             skips.append(x)
-        for name, block in self.dec.items():
+        return x
+
+    def _up(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
+        for name, block in blocks:
             if "block" in name:
                 x = mp_cat(x, skips.pop(), CONCAT)
             x = self._apply_block(block, x, emb)
-        return self.out_conv(x, self.out_gain)
+        return x
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        total = len(self.enc) - 1 + len(self.dec)
+        ups = [i for i, name in enumerate(self.dec) if "block" in name]
+        return [(len(self.enc) - k + ups[-k]) / total for k in range(1, len(self.enc) + 1)]
 
     def normalize_weights(self) -> None:
         """Forced weight normalisation of every layer (section 2.3)."""

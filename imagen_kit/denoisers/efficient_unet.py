@@ -18,6 +18,7 @@ Axes: b batch, c channels, h w picture, n text tokens, d width, e embedding widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from imagen_kit.denoisers import register
 from imagen_kit.denoisers.adm import ADM
 from imagen_kit.denoisers.adm_sizes import levels as adm_levels
 from imagen_kit.denoisers.layers.blocks import AttentionBlock, Grow, ResBlock, Style, zeroed
+from imagen_kit.denoisers.layers.context import Context, share
+from imagen_kit.denoisers.layers.inner import inner, place
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.skeleton import Attention, Level, Skeleton, Unit, spec
 from imagen_kit.denoisers.layers.told import Told
@@ -136,6 +139,7 @@ class EfficientUNet(Skeleton):
             self.down.append(self._units(level))
             self.up.insert(0, self._units(level))
             self.grow.insert(0, Grow(level.channels, finer))
+        self.number_units(1)
         self.norm_out = STYLE.norm(width)
         self.head = zeroed(nn.Conv2d(width, self.out_channels, 3, padding=1))
         if self.channels_last:
@@ -165,10 +169,17 @@ class EfficientUNet(Skeleton):
             level.channels, head_dim, self.text_dim, expansion, places=False, cells=kind.cells
         )
 
-    def _level(self, units: nn.Module, x: Tensor, *told: Tensor | None) -> Tensor:
+    def _level(
+        self, units: nn.Module, x: Tensor, emb: Tensor, context: Context, mask: Tensor | None
+    ) -> Tensor:
         for unit in units:  # type: ignore[attr-defined]
-            x = self._apply_block(unit, x, *told)
+            x = self._apply_block(unit, x, emb, share(context, unit), mask)
         return x
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text adapted and pooled, and every layer's keys and values of it."""
+        self.inputs.check_text(cond)
+        return self.told.prepare(self, cond)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -188,18 +199,44 @@ class EfficientUNet(Skeleton):
         x = self.inputs.picture(x, cond)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)
-        skips = []
-        for shrink, units in zip(self.shrink, self.down, strict=True):
-            x = self._level(units, shrink(x), *told)
-            skips.append(x)
-        skips.pop()
-        for units, grow in zip(self.up, self.grow, strict=True):
-            x = self._level(units, x, *told)
-            x = self._apply_block(grow, x, None, (2 * x.shape[-2], 2 * x.shape[-1]))
-            if skips:
-                x = HALF * (x + skips.pop())
+        cut = place(len(self.down) - 1)
+        skips: list[Tensor] = []
+        x = self._way_down(range(cut), skips, self.stem(x), *told)
+        x = inner(partial(self._inside, cut), x, told)
+        x = self._way_up(range(cut), skips, x, *told)
         return self.head(F.silu(self.norm_out(x)))
+
+    def _inside(self, cut: int, x: Tensor, *told: Any) -> Tensor:
+        """What the levels from ``cut`` on make of the last outer one's answer, at that one's size."""
+        levels = range(cut, len(self.down))
+        skips: list[Tensor] = []
+        x = self._way_down(levels, skips, x, *told)
+        skips.pop()  # the coarsest level's answer goes straight up
+        x = self._lift(levels[-1], x, *told)
+        return self._way_up(levels[:-1], skips, x, *told)
+
+    def _way_down(self, levels: range, skips: list[Tensor], x: Tensor, *told: Any) -> Tensor:
+        for i in levels:
+            x = self._level(self.down[i], self.shrink[i](x), *told)
+            skips.append(x)
+        return x
+
+    def _way_up(self, levels: range, skips: list[Tensor], x: Tensor, *told: Any) -> Tensor:
+        for i in reversed(levels):
+            x = self._lift(i, HALF * (x + skips.pop()), *told)
+        return x
+
+    def _lift(self, i: int, x: Tensor, *told: Any) -> Tensor:
+        """Level ``i`` on the way up, then twice the side."""
+        j = len(self.up) - 1 - i  # these lists go from coarse to fine
+        x = self._level(self.up[j], x, *told)
+        return self._apply_block(self.grow[j], x, None, (2 * x.shape[-2], 2 * x.shape[-1]))
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, a level each, the share of units that lies inside it; see ``layers.inner``."""
+        units = [len(level) for level in self.down]  # type: ignore[arg-type]
+        return [sum(units[k:]) / sum(units) for k in range(1, len(units))]
 
 
 def _sampling(schedule: str, guidance: float, **more: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Axes: b batch, c channels, h w picture, n patches, m text tokens, d width, a hea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from imagen_kit.denoisers.dit import FinalLayer
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
 from imagen_kit.denoisers.layers.heads import split_heads
+from imagen_kit.denoisers.layers.inner import run_blocks, shares
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.joint import (
     JointAttention,
@@ -236,16 +238,23 @@ class Flux(nn.Module):
         zeroed(self.final_layer.adaLN_modulation[1])  # type: ignore[arg-type]
         zeroed(self.final_layer.linear)
 
-    def _condition(self, t: Tensor, cond: Cond) -> Tensor:
-        """The sum (b, d) of all vectors that modulate the blocks."""
-        c = self.time_in(t)
+    def _read(self, cond: Cond) -> tuple[Tensor, ...]:
+        """The text's tokens (b, m, d) and the vectors (b, d) of guidance scale and pooled text."""
+        if cond.memory is not None:
+            return cond.memory
+        vectors = []
         if self.guidance_in is not None:
             if cond.guidance is None:
                 raise KitError("this flux is told a guidance scale: give it one a picture in cond.guidance")
-            c = c + self.guidance_in(cond.guidance)
-        if self.vector_in is not None and cond.pooled is not None:
-            c = c + self.vector_in(cond.pooled)
-        return c
+            vectors.append(self.guidance_in(cond.guidance))
+        if self.vector_in is not None:
+            vectors.append(self.vector_in(cond.pooled))
+        return (self.txt_in(cond.tokens), *vectors)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: text and guidance scale, projected; the rest changes with the time."""
+        self.inputs.check_text(cond)
+        return replace(cond, memory=self._read(replace(cond, memory=None)))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -263,21 +272,32 @@ class Flux(nn.Module):
         self.inputs.check(x, t, cond)
         assert cond.tokens is not None
         h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
-        c = self._condition(t, cond)
-        tokens = torch.cat([self.txt_in(cond.tokens), self.img_in(to_patches(x, self.patch_size))], dim=1)
+        text, *vectors = self._read(cond)
+        c = self.time_in(t)
+        for vector in vectors:
+            c = c + vector
+        tokens = torch.cat([text, self.img_in(to_patches(x, self.patch_size))], dim=1)
         m, mask = cond.tokens.shape[1], joint_mask(cond.mask, h * w)
         turn = rotation(picture_places(m, h, w, x.device), self.axes, self.theta)
-        for block in self.double_blocks:
-            tokens = self._run(block, tokens, m, c, turn, mask)
-        for block in self.single_blocks:
-            tokens = self._run(block, tokens, c, turn, mask)
-        out = self.final_layer(tokens[:, m:], c)
-        return from_patches(out, h, w, self.patch_size, channels_first=True)
+        pairs = len(self.double_blocks)
+
+        def block(i: int, tokens: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+            if i < pairs:
+                return self._run(self.double_blocks[i], tokens, m, c, turn, mask)
+            return self._run(self.single_blocks[i - pairs], tokens, c, turn, mask)
+
+        patches = run_blocks(block, pairs + len(self.single_blocks), tokens, (c, mask), start=m)
+        return from_patches(self.final_layer(patches, c), h, w, self.patch_size, channels_first=True)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
         return block(*inputs)
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        return shares(len(self.double_blocks) + len(self.single_blocks))
 
 
 def _published(guidance: bool, **options: Any) -> Flux:

@@ -6,6 +6,7 @@ Axes: b batch, c channels, h w picture, n patches, m text tokens, d width, a hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from imagen_kit.denoisers.dit import FinalLayer
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads
+from imagen_kit.denoisers.layers.inner import run_blocks, shares
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.joint import (
     JointAttention,
@@ -237,6 +239,18 @@ class MMDiT(nn.Module):
         table = self.pos_embed.unflatten(1, (self.grid, self.grid))
         return table[:, top : top + h, left : left + w].flatten(1, 2)
 
+    def _read(self, cond: Cond) -> tuple[Tensor, ...]:
+        """The text's tokens (b, m, d) and, where the network is told it, its vector (b, d)."""
+        if cond.memory is not None:
+            return cond.memory
+        text = self.context_embedder(cond.tokens)
+        return (text,) if self.y_embedder is None else (text, self.y_embedder(cond.pooled))
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text's tokens and vector, projected; the rest changes with the time."""
+        self.inputs.check_text(cond)
+        return replace(cond, memory=self._read(replace(cond, memory=None)))
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
 
@@ -256,17 +270,28 @@ class MMDiT(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         c = self.t_embedder(t)
-        if self.y_embedder is not None and cond.pooled is not None:
-            c = c + self.y_embedder(cond.pooled)
+        text, *vectors = self._read(cond)
+        for vector in vectors:
+            c = c + vector
         picture = self.x_embedder(x)
-        tokens = torch.cat([self.context_embedder(cond.tokens), picture + positions.to(picture.dtype)], dim=1)
+        tokens = torch.cat([text, picture + positions.to(picture.dtype)], dim=1)
         m, mask = cond.tokens.shape[1], joint_mask(cond.mask, h * w)
-        for block in self.joint_blocks:
-            if self.checkpointing and self.training:
-                tokens = checkpoint(block, tokens, m, c, mask, use_reentrant=False)  # type: ignore[assignment]
-            else:
-                tokens = block(tokens, m, c, mask)
-        return from_patches(self.final_layer(tokens[:, m:], c), h, w, self.patch_size)
+
+        def block(i: int, tokens: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+            return self._run(self.joint_blocks[i], tokens, m, c, mask)
+
+        patches = run_blocks(block, len(self.joint_blocks), tokens, (c, mask), start=m)
+        return from_patches(self.final_layer(patches, c), h, w, self.patch_size)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return block(*inputs)
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        return shares(len(self.joint_blocks))
 
 
 def _published(depth: int, grid: int, qk_norm: bool, dual_layers: Sequence[int], **options: Any) -> MMDiT:

@@ -6,6 +6,8 @@ Axes: b batch, c channels, h w picture, n patches, m text tokens, d width, p pat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import zeroed
+from imagen_kit.denoisers.layers.context import Context, number, remember, share
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
+from imagen_kit.denoisers.layers.inner import run_blocks, shares
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.joint import check_sizes, chosen, from_patches, initialise
 from imagen_kit.denoisers.layers.transformer import (
+    CompressedAttention,
     CrossAttention,
     Mlp,
     PatchEmbed,
@@ -30,7 +35,13 @@ from imagen_kit.denoisers.layers.transformer import (
 from imagen_kit.errors import KitError
 
 RUNTIME = {"checkpointing": False, "channels_last": False}
-DETAILS: dict[str, Any] = {"mlp_ratio": 4.0, "grid": 32, "interpolation": 1.0}
+DETAILS: dict[str, Any] = {
+    "mlp_ratio": 4.0,
+    "grid": 32,
+    "interpolation": 1.0,
+    "compress": 1,
+    "compressed": (),
+}
 SIZES = 3  # numbers of the micro-conditioning: height and width in pixels, height / width
 Runtime = Mapping[str, bool] | None
 
@@ -40,23 +51,30 @@ def _norm(dim: int) -> nn.LayerNorm:
 
 
 class PixArtBlock(nn.Module):
-    """DiT's block with adaLN-single: what is modulated by is shared, and each block adds a table to it (§2.3)."""
+    """DiT's block with adaLN-single: what is modulated by is shared, and each block adds a table to it (§2.3).
+
+    Where ``compress`` is above 1 its keys and values are those of a grid coarser by that.
+    """
 
     is_residual = True  # read by guidance that changes layers
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, compress: int = 1):
         super().__init__()
         self.norm1 = _norm(dim)
-        self.attn = SelfAttention(dim, heads)
+        self.attn = SelfAttention(dim, heads) if compress == 1 else CompressedAttention(dim, heads, compress)
         self.cross_attn = CrossAttention(dim, heads)
         self.norm2 = _norm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, c: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Patches (b, n, d), modulation (b, 6, d), text (b, m, d), mask (b, m) bool → (b, n, d)."""
+    def forward(
+        self, x: Tensor, c: Tensor, text: Context, mask: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """Patches (b, n, d), modulation (b, 6, d), its share of the text, mask (b, m), sides → (b, n, d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + c).unbind(1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        cells = modulate(self.norm1(x), shift1, scale1)
+        within = self.attn(cells, grid) if isinstance(self.attn, CompressedAttention) else self.attn(cells)
+        x = x + gate1[:, None] * within
         x = x + self.cross_attn(x, text, mask)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -139,7 +157,8 @@ class PixArt(nn.Module):
         runtime: ``{"checkpointing": bool, "channels_last": bool}``: recompute activations in the backward
             pass; patchify in channels-last memory.
         details: ``mlp_ratio``: width of the MLP in widths of a token; ``grid``: side of the grid of training, in
-            patches; ``interpolation``: how many of its cells make a step of one.
+            patches; ``interpolation``: how many of its cells make a step of one; ``compress``: cells of a side
+            that are one key and value in the blocks ``compressed``, a list of their numbers from 0 (PixArt-Σ).
 
     Raises:
         KitError: a width that heads do not divide, an unknown option; when called, a missing or misshapen input.
@@ -181,7 +200,9 @@ class PixArt(nn.Module):
         self.ar_embedder = TimestepEmbedder(width // SIZES) if sizes else None
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(context_dim, width, null_tokens)
-        self.blocks = nn.ModuleList(PixArtBlock(width, heads, variant["mlp_ratio"]) for _ in range(depth))
+        ratios = _ratios(depth, variant["compress"], variant["compressed"])
+        self.blocks = nn.ModuleList(PixArtBlock(width, heads, variant["mlp_ratio"], r) for r in ratios)
+        number(self.blocks, first=int(sizes))
         self.final_layer = FinalLayer(width, patch_size**2 * self.out_channels)
         self._initialise()
         if self.channels_last:
@@ -196,13 +217,19 @@ class PixArt(nn.Module):
             zeroed(block.cross_attn.proj)  # type: ignore[union-attr,arg-type]
         zeroed(self.final_layer.linear)
 
-    def _condition(self, t: Tensor, cond: Cond) -> Tensor:
-        """The vector (b, d) of time and sizes."""
-        c = self.t_embedder(t)
-        if self.csize_embedder is not None and self.ar_embedder is not None and cond.size is not None:
-            sides = self.csize_embedder(cond.size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)
-            c = c + torch.cat([sides, self.ar_embedder(cond.size[:, 2])], dim=1)
-        return c
+    def _sizes(self, cond: Cond) -> Tensor | None:
+        """The vector (b, d) of the picture's size, where the network is told it."""
+        if self.csize_embedder is None or self.ar_embedder is None or cond.size is None:
+            return None
+        sides = self.csize_embedder(cond.size[:, :2].flatten()).unflatten(0, (-1, 2)).flatten(1)
+        return torch.cat([sides, self.ar_embedder(cond.size[:, 2])], dim=1)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the vector of sizes and every block's keys and values of the text."""
+        self.inputs.check_text(cond)
+        assert cond.tokens is not None
+        text, mask = self.y_embedder(cond.tokens, cond.mask)
+        return remember(self, replace(cond, mask=mask), text, self._sizes(cond))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -221,18 +248,53 @@ class PixArt(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
-        c = self._condition(t, cond)
+        text: Context
+        if cond.memory is None:
+            sizes = self._sizes(cond)
+            text, mask = self.y_embedder(cond.tokens, cond.mask)
+        else:
+            sizes = None if self.csize_embedder is None else cond.memory[0]
+            text, mask = cond.memory, cond.mask
+        c = self.t_embedder(t)
+        if sizes is not None:
+            c = c + sizes
         shared = self.t_block(c).unflatten(1, (6, -1))
-        text, mask = self.y_embedder(cond.tokens, cond.mask)
         tokens = self.x_embedder(x)
         steps = (self.grid / h / self.interpolation, self.grid / w / self.interpolation)
         tokens = tokens + sincos_positions(h, w, self.width, x.device, steps).to(tokens.dtype)
-        for block in self.blocks:
-            if self.checkpointing and self.training:
-                tokens = checkpoint(block, tokens, shared, text, mask, use_reentrant=False)  # type: ignore[assignment]
-            else:
-                tokens = block(tokens, shared, text, mask)
+        block = partial(self._block, grid=(h, w))
+        tokens = run_blocks(block, len(self.blocks), tokens, (shared, text, mask))
         return from_patches(self.final_layer(tokens, c), h, w, self.patch_size)
+
+    def _block(
+        self,
+        i: int,
+        tokens: Tensor,
+        shared: Tensor,
+        text: Context,
+        mask: Tensor | None,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Tokens (b, n, d) of a grid of (h, w) cells after block ``i``."""
+        told = shared, share(text, self.blocks[i]), mask, grid
+        if self.checkpointing and self.training:
+            return checkpoint(self.blocks[i], tokens, *told, use_reentrant=False)  # type: ignore[return-value]
+        return self.blocks[i](tokens, *told)
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        return shares(len(self.blocks))
+
+
+def _ratios(depth: int, compress: Any, compressed: Any) -> list[int]:
+    """By how much each block compresses its keys and values."""
+    if isinstance(compress, bool) or not isinstance(compress, int) or compress < 1:
+        raise KitError(f"pixart compress must be a whole number of at least 1, got {compress!r}")
+    wrong = [i for i in compressed if i not in range(depth)]
+    if wrong:
+        raise KitError(f"pixart compressed: there is no block {wrong[0]!r}; they are numbered 0 to {depth - 1}")
+    return [compress if i in compressed else 1 for i in range(depth)]
 
 
 def _published(grid: int, interpolation: float, sizes: bool = False, **options: Any) -> PixArt:
@@ -270,3 +332,9 @@ def pixart_xl_2_1024(null_tokens: int = 0, time_scale: float = 1.0, runtime: Run
 def pixart_xl_2_sigma(null_tokens: int = 0, time_scale: float = 1.0, runtime: Runtime = None) -> PixArt:
     """PixArt-Σ XL/2 for 1024²: 28 blocks of width 1152, 611 M parameters; 300 tokens of text."""
     return _published(64, 2.0, null_tokens=null_tokens, time_scale=time_scale, runtime=runtime)
+
+
+@register("pixart_xl_2_sigma_2k", **_sampling(300))
+def pixart_xl_2_sigma_2k(null_tokens: int = 0, time_scale: float = 1.0, runtime: Runtime = None) -> PixArt:
+    """PixArt-Σ XL/2 for 2048²: 611 M parameters; as published, without compressed keys and values."""
+    return _published(128, 4.0, null_tokens=null_tokens, time_scale=time_scale, runtime=runtime)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import OWN, AttentionBlock, Grow, ResBlock, group_norm, zeroed
+from imagen_kit.denoisers.layers.context import share
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.skeleton import Skeleton, Unit, spec
 from imagen_kit.denoisers.layers.timm_backbone import Backbone, Features
@@ -163,6 +164,7 @@ class TimmUNet(Skeleton):
             self.up.append(self._units(i, self.widths[i] * (1 if i == count - 1 else 2)))
             if i:
                 self.grow.append(Grow(self.widths[i], self.widths[i - 1]))
+        self.number_units(1)
         self.norm_out = group_norm(self.widths[0])
         self.head = zeroed(nn.Conv2d(self.widths[0], self.out_channels, 3, padding=1))
         if self.channels_last:
@@ -188,6 +190,11 @@ class TimmUNet(Skeleton):
             maps.append(torch.cat([y for y, of in pairs if of == reduction], dim=1))
         return maps
 
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text adapted and pooled, and every layer's keys and values of it."""
+        self.inputs.check_text(cond)
+        return self.told.prepare(self, cond)
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
 
@@ -212,7 +219,7 @@ class TimmUNet(Skeleton):
             own = lateral(maps.pop(), emb)
             h = own if h is None else torch.cat([self.grow[i - 1](h, None, own.shape[-2:]), own], dim=1)
             for unit in units:  # type: ignore[attr-defined]
-                h = self._apply_block(unit, h, emb, context, cond.mask)
+                h = self._apply_block(unit, h, emb, share(context, unit), cond.mask)
         return self.head(F.silu(self.norm_out(h)))
 
 

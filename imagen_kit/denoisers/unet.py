@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import AttentionBlock
+from imagen_kit.denoisers.layers.context import Context, remember
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.skeleton import Level, Skeleton
@@ -93,6 +94,7 @@ class UNet(Skeleton):
             return AttentionBlock(level.channels, head_dim, text_dim) if level.attention else None
 
         self.build(widths, spec, middle, embed_dim, attention)
+        self.number_units(1)
         self.unfold = nn.PixelShuffle(patch_size)
 
     @staticmethod
@@ -107,17 +109,29 @@ class UNet(Skeleton):
         if max(level.channels for level in spec) % head_dim:
             raise KitError(f"unet head_dim {head_dim} must divide the widest level")
 
-    def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
-        """Activated embedding (b, e) of time and conditioning, adapted text tokens (b, n, d)."""
-        emb, context = self.time(t), None
+    def _embed(self, t: Tensor, cond: Cond) -> tuple[Tensor, Context]:
+        """Activated embedding (b, e) of time and conditioning, adapted text tokens (b, n, d) or their memory."""
+        emb = self.time(t)
+        context: Context = cond.memory
         if self.text is not None and cond.tokens is not None:
-            context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            if cond.memory is None:
+                context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            else:
+                vector = cond.memory[0]
             emb = emb + vector
         if self.labels is not None and cond.labels is not None:
             emb = emb + self.labels(cond.labels)
         if self.low_res_level is not None and cond.low_res_level is not None:
             emb = emb + self.low_res_level(cond.low_res_level)
         return F.silu(emb), context
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text adapted and pooled, and every layer's keys and values of it."""
+        if self.text is None:
+            return cond
+        self.inputs.check_text(cond)
+        text, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+        return remember(self, cond, text, vector)
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.

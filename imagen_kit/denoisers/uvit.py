@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import timestep_embedding
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
+from imagen_kit.denoisers.layers.inner import inner, place
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.joint import check_sizes, chosen, from_patches
 from imagen_kit.denoisers.layers.transformer import PatchEmbed
@@ -28,6 +31,7 @@ from imagen_kit.errors import KitError
 RUNTIME = {"checkpointing": False, "channels_last": False}
 DETAILS: dict[str, Any] = {"mlp_ratio": 4.0, "qkv_bias": False, "conv": True, "grid": 16, "text_tokens": 77}
 Runtime = Mapping[str, bool] | None
+Pair = tuple[nn.Module, nn.Module]  # a block of the first half and its mirror image
 
 
 class Attention(nn.Module):
@@ -191,11 +195,18 @@ class UViT(nn.Module):
         m = 0
         if self.context_embed is not None and cond.tokens is not None:
             m = cond.tokens.shape[1]
-            parts.append(self.context_embed(cond.tokens))
+            parts.append(self.context_embed(cond.tokens) if cond.memory is None else cond.memory[0])
         if mask is not None:
             before, after = (mask.new_ones(len(x), n) for n in (self.extras, patches.shape[1]))
             mask = torch.cat([before, mask, after], dim=1)
         return torch.cat([*parts, patches], dim=1), mask, m
+
+    def prepare(self, cond: Cond) -> Cond:
+        """``cond`` with a memory: the text's tokens, projected; the rest is a sequence with the patches."""
+        if self.context_embed is None:
+            return cond
+        self.inputs.check_text(cond)
+        return replace(cond, memory=(self.context_embed(cond.tokens),))
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's raw answer.
@@ -215,16 +226,38 @@ class UViT(nn.Module):
         h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
         tokens, mask, m = self._tokens(x, t, cond)
         tokens = tokens + self._positions(m, h, w)
-        skips = []
-        for block in self.in_blocks:
-            tokens = self._run(block, tokens, mask)
-            skips.append(tokens)
-        tokens = self._run(self.mid_block, tokens, mask)
-        for block in self.out_blocks:
-            tokens = self._run(block, tokens, mask, skips.pop())
+        pairs = list(zip(self.in_blocks, reversed(self.out_blocks), strict=True))
+        cut = place(len(pairs))
+        skips: list[Tensor] = []
+        tokens = self._down(pairs[:cut], skips, tokens, mask)
+        tokens = inner(partial(self._inside, pairs[cut:]), tokens, (mask,), base=tokens)
+        tokens = self._up(pairs[:cut], skips, tokens, mask)
         out = self.decoder_pred(self.norm(tokens)[:, self.extras + m :])
         picture = from_patches(out, h, w, self.patch_size)
         return picture if self.final_layer is None else self.final_layer(picture)
+
+    def _inside(self, pairs: list[Pair], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens (b, n, d) after the pairs and the middle block between them."""
+        skips: list[Tensor] = []
+        tokens = self._down(pairs, skips, tokens, mask)
+        tokens = self._run(self.mid_block, tokens, mask)
+        return self._up(pairs, skips, tokens, mask)
+
+    def _down(self, pairs: list[Pair], skips: list[Tensor], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        for block, _ in pairs:
+            tokens = self._run(block, tokens, mask)
+            skips.append(tokens)
+        return tokens
+
+    def _up(self, pairs: list[Pair], skips: list[Tensor], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        for _, block in reversed(pairs):
+            tokens = self._run(block, tokens, mask, skips.pop())
+        return tokens
+
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of blocks that lies inside it; see ``layers.inner``."""
+        return [1 - 2 * k / (2 * len(self.in_blocks) + 1) for k in range(1, len(self.in_blocks) + 1)]
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and self.training:

@@ -89,7 +89,8 @@ def run(
     Returns:
         The content of ``results.json``: ``settings``, ``qualities``, ``samplers``, ``references``, ``cells``,
         ``answers``, ``skipped`` and ``provenance``. A cell has its ``sampler``, ``steps``, ``guidance``,
-        ``seed``, and ``nfe`` (calls of the first stage's network for a batch, counted at the network),
+        ``seed``, and ``nfe`` (calls of the first stage's network for a batch, counted at the network), ``work``
+        (the same less what a step cache left out, counted in blocks),
         ``evaluations_per_picture``, ``seconds``, ``seconds_per_picture``, ``memory`` in bytes, one number for
         each of ``qualities`` (``accuracy`` by attribute), and ``thumbnails``; or ``failed``, what the model
         said in place of pictures.
@@ -178,7 +179,7 @@ def plan(
         raise KitError(f"seeds must be whole numbers from 0, not {', '.join(map(str, seeds))}")
     for entry in samplers:
         for scale in guidance:
-            subject.check(entry.sampler, scale)
+            subject.check(entry.sampler, scale, **entry.settings)
     affordable: list[tuple[Entry, int, dict[str, int]]] = []
     skipped: list[dict[str, Any]] = []
     for entry in samplers:
@@ -281,7 +282,10 @@ class _Work:
             assert exact is not None  # _Method.parse has seen to it
             drawn = exact
         else:
-            drawn = self.subject.draw(self.method.sampler, self.method.steps, guidance, seed, bar.tick)
+            plain = {"cache": None} if self.subject.pictures else {}  # no cache is converged
+            drawn = self.subject.draw(
+                self.method.sampler, self.method.steps, guidance, seed, bar.tick, **plain
+            )
             self._warm = True
         row = {
             "steps": self.method.steps or None,
@@ -297,11 +301,13 @@ class _Work:
         subject, sampler = self.subject, cell.entry.sampler
         bar.name(f"{cell.entry.label}, {cell.steps} step{'s' * (cell.steps != 1)}")
         if not self._warm:  # the first run of a process pays for what later ones find ready
-            subject.draw(sampler, 1, cell.guidance, cell.seed, lambda: None)
+            subject.draw(sampler, 1, cell.guidance, cell.seed, lambda: None, **cell.entry.settings)
             self._warm = True
         row = {**cell.key, "budget": cell.budget}
         try:
-            drawn = subject.draw(sampler, cell.steps, cell.guidance, cell.seed, bar.tick)
+            drawn = subject.draw(
+                sampler, cell.steps, cell.guidance, cell.seed, bar.tick, **cell.entry.settings
+            )
         except KitError as error:  # values that are not finite: told, and the others go on
             self.store.add({**row, "failed": str(error)})
             return
@@ -318,6 +324,7 @@ class _Work:
         first = next(iter(drawn.calls), "")
         return {
             "nfe": drawn.calls.get(first),
+            "work": None if first not in drawn.calls else drawn.calls[first] * (1 - drawn.saved),
             "nfe_all_stages": sum(drawn.calls.values()) or None,
             "evaluations_per_picture": drawn.rows.get(first),
             "seconds": round(drawn.seconds, 4),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ def figure(results: dict[str, Any]) -> Figure:
     shown = _panels(results)
     points = summary.points(results)
     samplers = list(dict.fromkeys(point["sampler"] for point in points))
-    rows = -(-len(samplers) // 4)
+    columns = _columns([*samplers, "Pareto front"])
+    rows = -(-(len(samplers) + 1) // columns)
     # A Figure of its own and not pyplot: no global state, no display, and nothing to close.
     out = Figure(figsize=(WIDTH, HEIGHT + 0.17 * rows), layout="constrained")
     FigureCanvasAgg(out)
@@ -52,7 +53,6 @@ def figure(results: dict[str, Any]) -> Figure:
         _panel(axes, quality, points, results)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
-        columns = min(4, len(handles))
         out.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     out.suptitle(_title(results), fontsize=8)
     return out
@@ -109,10 +109,11 @@ def _panel(axes: Axes, quality: Mapping[str, Any], points: list[summary.Point], 
     known = [number for number in converged if number is not None]
     if known and not quality["paired"]:
         axes.axhline(sum(known) / len(known), color="0.4", linewidth=0.7, linestyle="--", zorder=0)
-    _axes(axes, quality, [p["nfe"] for p in flat])
+    worth = "' worth of work" if summary.foremost_cost(points) == "work" else ""
+    _axes(axes, quality, [p["nfe"] for p in flat], f"network evaluations{worth}")
 
 
-def _axes(axes: Axes, quality: Mapping[str, Any], counts: list[float]) -> None:
+def _axes(axes: Axes, quality: Mapping[str, Any], counts: list[float], paid: str) -> None:
     from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 
     if quality["log"]:
@@ -125,7 +126,7 @@ def _axes(axes: Axes, quality: Mapping[str, Any], counts: list[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7)
     axes.tick_params(which="minor", labelsize=6)
-    axes.set_xlabel("network evaluations", fontsize=8)
+    axes.set_xlabel(paid, fontsize=8)
     axes.set_ylabel(_folded(quality["label"]), fontsize=8)
     axes.grid(visible=True, which="major", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -134,6 +135,7 @@ def _axes(axes: Axes, quality: Mapping[str, Any], counts: list[float]) -> None:
 def _lines(points: list[summary.Point], key: str) -> dict[str, list[tuple[float, float, float, float]]]:
     """(evaluations, mean, lowest, highest) of each sampler, cheapest first, over guidance scales and seeds."""
     found: dict[str, dict[int, list[summary.Point]]] = {}
+    paid = summary.foremost_cost(points)
     for point in points:
         steps = found.setdefault(point["sampler"], {})
         if point.get(key) is not None:
@@ -143,7 +145,7 @@ def _lines(points: list[summary.Point], key: str) -> dict[str, list[tuple[float,
         line = []
         for group in steps.values():
             spread = [point["spread"][key] for point in group]
-            nfe, mean = (sum(point[k] for point in group) / len(group) for k in ("nfe", key))
+            nfe, mean = (sum(point[k] for point in group) / len(group) for k in (paid, key))
             line.append((nfe, mean, min(low for low, _ in spread), max(high for _, high in spread)))
         lines[sampler] = sorted(line)
     return lines
@@ -161,6 +163,12 @@ def _title(results: Mapping[str, Any]) -> str:
         parts.append("guidance " + ", ".join("own" if s is None else f"{s:g}" for s in scales))
     parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
     return "; ".join([*parts, "dotted: stochastic"])
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """As many columns of a legend as its longest label leaves room for, four at most."""
+    longest = max(len(label) for label in labels)
+    return max(1, min(4, len(labels), int(WIDTH / (0.055 * longest + 0.55))))
 
 
 def _folded(label: str, width: int = 34) -> str:

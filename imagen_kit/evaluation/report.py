@@ -29,6 +29,8 @@ def data(results: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's scripts read: the results, their ``points`` (see ``summary``) and the ``costs``' labels."""
     points = summary.points(results)
     costs = {key: label for key, label in summary.COSTS.items() if any(p[key] is not None for p in points)}
+    if summary.foremost_cost(points) == "nfe":
+        costs.pop("work", None)  # no cache: the same numbers again
     return {"results": results, "points": points, "costs": costs}
 
 

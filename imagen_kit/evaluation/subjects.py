@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from imagen_kit.caches.base import StepCache
 from imagen_kit.data.pocket import Scene, SceneBatch, caption, render
 from imagen_kit.denoisers import analytic
 from imagen_kit.errors import KitError
@@ -69,14 +70,16 @@ class Subject(Protocol):
     def texts(self, seed: int) -> list[str]:
         """The prompts of repetition ``seed``, if any."""
 
-    def check(self, sampler: Any, guidance: float | None) -> None:
-        """KitError unless the sampler can be guided at this scale."""
+    def check(self, sampler: Any, guidance: float | None, **settings: Any) -> None:
+        """KitError unless the sampler can be guided at this scale, and has these settings (``cache``)."""
 
     def calls(self, sampler: Any, steps: int) -> int:
         """Network calls of ``draw``, for a progress bar."""
 
-    def draw(self, sampler: Any, steps: int, guidance: float | None, seed: int, tick: Tick) -> Drawn:
-        """The n results of one setting."""
+    def draw(
+        self, sampler: Any, steps: int, guidance: float | None, seed: int, tick: Tick, **settings: Any
+    ) -> Drawn:
+        """The n results of one setting; ``cache`` is a step cache of the first stage, or None for none."""
 
     def exact(self, seed: int) -> Drawn | None:
         """The exact solution for the noise of ``seed``; None where only a sampler can come near it."""
@@ -157,13 +160,24 @@ class RecipeSubject:
             -self.n // (self.batch_size or self.n)
         )
 
-    def check(self, sampler: Any, guidance: float | None) -> None:
-        own = self.pipeline.stages[0].guidance
+    def check(self, sampler: Any, guidance: float | None, cache: StepCache | str | None = spec.OWN) -> None:
+        base = self.pipeline.stages[0]
+        own = base.guidance
         renoised(sampler, own if guidance is None else rescaled_stack(own, guidance))
+        if isinstance(cache, StepCache):
+            cache.fit(base.denoiser)
 
-    def draw(self, sampler: Any, steps: int, guidance: float | None, seed: int, tick: Tick) -> Drawn:
+    def draw(
+        self,
+        sampler: Any,
+        steps: int,
+        guidance: float | None,
+        seed: int,
+        tick: Tick,
+        cache: StepCache | str | None = spec.OWN,
+    ) -> Drawn:
         prompts, seeds = self.texts(seed), [seed * self.n + i for i in range(self.n)]
-        return draw(self.pipeline, prompts, seeds, sampler, steps, guidance, self.batch_size, tick)
+        return draw(self.pipeline, prompts, seeds, sampler, steps, guidance, self.batch_size, tick, cache)
 
     def exact(self, seed: int) -> Drawn | None:
         return None

@@ -12,6 +12,7 @@ from imagen_kit.evaluation.pocket import wilson
 
 COSTS = {
     "nfe": "network evaluations (calls of the first stage's network)",
+    "work": "network evaluations' worth of blocks computed (first stage)",
     "evaluations_per_picture": "network passes a picture, first stage",
     "seconds_per_picture": "seconds a picture",
     "memory": "peak memory",
@@ -26,8 +27,9 @@ def points(results: Mapping[str, Any]) -> list[Point]:
     """The cells with their seeds averaged, cheapest first within each sampler and guidance scale.
 
     A point has ``sampler``, ``steps``, ``guidance``, ``budget``, ``seeds`` (how many), the mean of every cost
-    and quality by its key, and ``spread``: by quality (lowest, highest) over the seeds; for the accuracy the
-    95 % interval of all pictures together. Cells that failed are left out.
+    and quality by its key, ``saved``, the share of blocks that a step cache left out, and ``spread``: by quality
+    (lowest, highest) over the seeds; for the accuracy the 95 % interval of all pictures together. Cells that failed
+    are left out.
     """
     keys = [quality["key"] for quality in results["qualities"]]
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -43,6 +45,8 @@ def points(results: Mapping[str, Any]) -> list[Point]:
             point[key] = sum(numbers) / len(numbers) if numbers else None
             if key in keys and numbers:
                 point["spread"][key] = [min(numbers), max(numbers)]
+        if point["work"] is not None and point["nfe"]:
+            point["saved"] = 1 - point["work"] / point["nfe"]
         if point.get("accuracy") is not None:
             n = sum(cell["n"] for cell in cells)
             right = sum(round(cell["accuracy"]["all"] * cell["n"]) for cell in cells)
@@ -136,7 +140,8 @@ def _answer(
     key, lower = quality["key"], quality["better"] == "lower"
     good = [p for p in every if p.get(key) is not None and (p[key] <= bound if lower else p[key] >= bound)]
     # Of equally many evaluations the better result, and not the faster: seconds differ from run to run.
-    cheapest = sorted(good, key=lambda p: (p["nfe"], p[key] if lower else -p[key]))
+    paid = foremost_cost(every)
+    cheapest = sorted(good, key=lambda p: (p[paid], p[key] if lower else -p[key]))
     sign = "≤" if lower else "≥"
     start = f"For {quality['label']} {sign} {bound:g}" + (f" at {spoken(guidance)}" if many else "")
     answer = {"quality": key, "target": bound, "guidance": guidance, "sampler": None, "steps": None}
@@ -146,13 +151,25 @@ def _answer(
         return {**answer, "text": f"{start} nothing measured is good enough{hint}."}
     best = cheapest[0]
     text = (
-        f"{start} the cheapest is {best['sampler']} with {_steps(best)}: {best['nfe']:g} evaluations, "
+        f"{start} the cheapest is {best['sampler']} with {_steps(best)}: {_paid(best)}, "
         f"{best['seconds_per_picture']:.2g} s a picture ({key} {best[key]:.3g})"
     )
     other = next((p for p in cheapest if p["sampler"] != best["sampler"]), None)
     if other is not None:
-        text += f"; then {other['sampler']} with {_steps(other)}, {other['nfe']:g} evaluations"
+        text += f"; then {other['sampler']} with {_steps(other)}, {_paid(other)}"
     return {**answer, "sampler": best["sampler"], "steps": best["steps"], "text": text + "."}
+
+
+def foremost_cost(points: Sequence[Mapping[str, Any]]) -> str:
+    """``work`` where a step cache left some out (and it is known of all points), else ``nfe``."""
+    known = all(point.get("work") is not None for point in points)
+    return "work" if known and any(point["work"] != point["nfe"] for point in points) else "nfe"
+
+
+def _paid(point: Point) -> str:
+    """``20 evaluations``, with a cache ``20 evaluations with the work of 11.3``."""
+    work = "" if point.get("work") in (None, point["nfe"]) else f" with the work of {point['work']:.3g}"
+    return f"{point['nfe']:g} evaluations{work}"
 
 
 def spoken(guidance: float | None) -> str:

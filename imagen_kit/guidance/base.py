@@ -50,12 +50,15 @@ class Branch:
             has a method ``rows(network, part of the batch)``, which changes the network for its rows only.
         network: name of another network passed to ``denoise_fn``, e.g. a weak one (autoguidance); None = the
             main one. Every network is called by itself.
+        is_gradient: what comes back is no prediction but the gradient of a log-probability by x, which is the
+            same in every space.
     """
 
     name: str
     cond: str
     through: Callable[[Network], Network] | None = None
     network: str | None = None
+    is_gradient: bool = False
 
 
 COND = Branch("cond", cond="cond")
@@ -224,8 +227,12 @@ def acting(strategies: Sequence[Guidance], step: Step) -> list[tuple[Guidance, b
 
 def branches(strategies: Sequence[Guidance], step: Step) -> list[Branch]:
     """What is evaluated at a step, ``cond`` first, each once: its length is the step's cost in evaluations."""
-    found = (branch for strategy, _ in acting(strategies, step) for branch in strategy.reads(step))
-    return list(dict.fromkeys([COND, *found]))
+    return read(acting(strategies, step), step)
+
+
+def read(active: Sequence[tuple[Guidance, bool | Tensor]], step: Step) -> list[Branch]:
+    """``branches`` of strategies that were found to act."""
+    return list(dict.fromkeys([COND, *(branch for strategy, _ in active for branch in strategy.reads(step))]))
 
 
 def require(strategy: Guidance, conds: Collection[str], networks: Collection[str]) -> None:

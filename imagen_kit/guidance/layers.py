@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit.attention import own_values
+from imagen_kit.denoisers.layers.inner import visitor
 from imagen_kit.errors import KitError, nearest
 from imagen_kit.guidance.base import Branch, Guidance, Network, Step, number
 
@@ -104,6 +105,9 @@ class Change:
             for name, layer in waiting.copy().items():
                 install(stack, layer, part, partial(waiting.pop, name, None))
             yield
+        found = visitor()
+        if found is not None and found.skipped:  # a step cache answered for the layers
+            return
         if waiting:  # not part of this call, or compiled in a way that passes the hooks by
             raise KitError(
                 f"guidance {self.who}: layer {next(iter(waiting))!r} could not be changed; it must take part in "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from imagen_kit.pipeline import Pipeline
+    from imagen_kit.pipeline import Pipeline, Stage
 
 __all__ = ["Part", "Recipe", "RecipeSpec", "StageSpec", "load", "names"]
 
@@ -52,29 +52,40 @@ class Recipe:
         return self.spec.stages
 
     def build(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, weights: bool = True
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None, weights: bool = True
     ) -> Pipeline:
-        """The pipeline, its weights loaded.
+        """The pipeline, its weights loaded and each stage run as its ``performance`` says.
 
         Args:
             device: where its networks go.
-            dtype: of the denoisers; float32 by default. The sampler's state stays float32.
+            dtype: of the denoisers of stages that do not say it themselves: a torch dtype, its short name, or
+                ``auto``; float32 by default. The sampler's state stays float32.
             weights: load the stages' weight files; False leaves every denoiser at its initial values.
 
         Raises:
-            KitError: a weight file that is missing, damaged or does not fit, before anything is computed.
+            KitError: a weight file that is missing, damaged or does not fit, before anything is computed; a
+                performance that this machine does not offer.
         """
         from imagen_kit.pipeline import Pipeline
+        from imagen_kit.recipe.running import run_as_told
 
         if weights:
             self._require_weights()
-        encoder = self.build_text_encoder()
-        stages = [self._stage(index, encoder, weights) for index in range(len(self.stages))]
-        return Pipeline(encoder, stages, self.spec.unconditional).to(device, dtype)
+        if self.spec.offload != "none":
+            from imagen_kit.recipe.offloading import build_offloaded
 
-    def build_text_encoder(self) -> Any:
-        """The frozen text encoder with its weights; of class labels, what reads prompts as labels."""
-        part, labels = self.spec.text_encoder, self.spec.labels
+            return build_offloaded(self, device, dtype, weights)
+        encoder = self.build_text_encoder()
+        stages = [self.build_stage(index, encoder, weights) for index in range(len(self.stages))]
+        return run_as_told(Pipeline(encoder, stages, self.spec.unconditional), self, device, dtype)
+
+    def build_text_encoder(self, index: int | None = None) -> Any:
+        """The frozen text encoder with its weights; of class labels, what reads prompts as labels.
+
+        Args:
+            index: of a stage that may have a text encoder of its own; None for the recipe's.
+        """
+        part, labels = self._text_part(index), self.spec.labels
         if labels is not None:
             from imagen_kit.labels import Labels
 
@@ -84,24 +95,31 @@ class Recipe:
             part.name, **source.localised(part.options, self.folder)
         )
 
-    def hollow_text_encoder(self) -> Any:
+    def hollow_text_encoder(self, index: int | None = None) -> Any:
         """The text encoder without memory for its weights, which need not be there where its size is given.
+
+        Args:
+            index: as in ``build_text_encoder``.
 
         Raises:
             KitError: weights that are not there, of an encoder whose ``size`` is not given.
         """
-        import torch
+        from imagen_kit.hollow import hollow
 
-        part = self.spec.text_encoder
+        part = self._text_part(index)
         if part is None:
             return self.build_text_encoder()
         registry = check.registries()["text_encoder"]
-        with torch.device("meta"):
+        with hollow():
             try:
                 return registry.create(part.name, **source.localised(_weightless(part.options), self.folder))
             except (RuntimeError, KitError):  # loaders of existing weights refuse the meta device
                 pass
-        return self.build_text_encoder()
+        return self.build_text_encoder(index)
+
+    def _text_part(self, index: int | None) -> Part | None:
+        own = None if index is None else self.stages[index].text_encoder
+        return own or self.spec.text_encoder
 
     def build_stage_denoiser(
         self, index: int, text_encoder: Any = None, weights: bool = True, network: str | None = None
@@ -117,7 +135,7 @@ class Recipe:
         """
         stage = self.stages[index]
         chosen = stage if network is None else stage.networks[network]
-        encoder = self.build_text_encoder() if text_encoder is None else text_encoder
+        encoder = self.build_text_encoder(index) if text_encoder is None else text_encoder
         path = f"stages.{index}" + ("" if network is None else f".networks.{network}")
         options = self.denoiser_options(index, encoder, network)
         registry = check.registries()["denoiser"]
@@ -146,21 +164,22 @@ class Recipe:
         return check.wired(check.registries()["denoiser"], part.name, part.options, dimensions)
 
     def build_stage_parts(self, index: int, weights: bool = False, hollow: bool = False) -> dict[str, Any]:
-        """Schedule, codec, sampler and guidance of stage ``index``.
+        """Schedule, codec, sampler, guidance and ``low_res`` of stage ``index``.
 
         Args:
             index: of the stage.
             weights: load the codec's.
             hollow: make the codec without memory for its weights.
         """
-        import torch
+        from imagen_kit.hollow import hollow as without_memory
 
         stage, kinds = self.stages[index], check.registries()
         parts = {key: getattr(stage, key) for key in ("schedule", "sampler")}
         built = {key: kinds[key].create(part.name, **part.options) for key, part in parts.items()}
-        with torch.device("meta") if hollow else contextlib.nullcontext():
-            built["codec"] = self._codec(index, weights)
+        with without_memory() if hollow else contextlib.nullcontext():
+            built["codec"] = self.build_codec(index, weights)
         built["guidance"] = tuple(kinds["guidance"].create(p.name, **p.options) for p in stage.guidance)
+        built["low_res"] = check.low_res(stage)
         return built
 
     def weight_file(self, index: int, network: str | None = None) -> Path:
@@ -176,7 +195,8 @@ class Recipe:
         stage = self.stages[index]
         return locate((stage if network is None else stage.networks[network]).weights, self.folder)
 
-    def _codec(self, index: int, weights: bool) -> Any:
+    def build_codec(self, index: int, weights: bool = True) -> Any:
+        """The codec of stage ``index``, its weights loaded, or with its initial values."""
         part, registry = self.stages[index].codec, check.registries()["codec"]
         if not weights or part.weights in (None, "random"):
             return registry.create(part.name, **part.options)
@@ -193,10 +213,22 @@ class Recipe:
         beside = self.folder / (names or "")
         return beside if names and beside.is_file() else names
 
-    def _stage(self, index: int, encoder: Any, weights: bool) -> Any:
+    def build_stage(self, index: int, encoder: Any, weights: bool = True, own: Any = None) -> Stage:
+        """Stage ``index``, its weights loaded, in float32 on the CPU.
+
+        Args:
+            index: of the stage.
+            encoder: the recipe's text encoder, which it is wired to.
+            weights: load the weight files.
+            own: the stage's own text encoder, which is built where the recipe has one and it is not given.
+        """
+        from imagen_kit.performance.options import Performance
         from imagen_kit.pipeline import Stage
 
         stage = self.stages[index]
+        if own is None and stage.text_encoder is not None:
+            own = self.build_text_encoder(index)
+        encoder = encoder if own is None else own
         with _seeded(index):  # a stage with random weights is the same network every time
             denoiser = self.build_stage_denoiser(index, encoder, weights)
             networks = {
@@ -210,12 +242,19 @@ class Recipe:
             size=stage.size,
             steps=stage.sampler.steps,
             low_res_level=stage.low_res_level,
+            text_encoder=own,
             sigma_data=stage.sigma_data,
             networks=networks,
             execution=stage.execution,
             told=stage.told.model_dump(exclude_none=True),
+            performance=Performance(**stage.performance.model_dump()),
+            cache=self._cache(index),
             **self.build_stage_parts(index, weights),
         )
+
+    def _cache(self, index: int) -> Any:
+        part = self.stages[index].cache
+        return None if part is None else check.registries()["cache"].create(part.name, **part.options)
 
     def _require_weights(self) -> None:
         """All missing or damaged weight files at once, before the first is loaded."""

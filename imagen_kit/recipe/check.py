@@ -1,6 +1,6 @@
 """What is wrong with a recipe's parts: names, options, types of values, and whether the parts fit each other.
 
-Nothing here reads a weight: denoisers are built on the meta device, which allocates and computes nothing.
+Nothing here reads or draws a weight: denoisers are built empty, larger ones on the meta device.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ASSUMED_TEXT_DIM = 64  # stands for the encoder's width, which is known only onc
 
 def registries() -> dict[str, Registry]:
     """The registry of each part that a recipe names, by the part's key."""
-    from imagen_kit import codecs, data, denoisers, guidance, samplers, schedules, text_encoders
+    from imagen_kit import caches, codecs, data, denoisers, guidance, samplers, schedules, text_encoders
 
-    return {
+    kinds = {
         "data": data.registry,
         "text_encoder": text_encoders.registry,
         "schedule": schedules.registry,
@@ -51,6 +51,9 @@ def registries() -> dict[str, Registry]:
         "sampler": samplers.registry,
         "guidance": guidance.registry,
     }
+    if hasattr(caches, "registry"):
+        kinds["cache"] = caches.registry
+    return kinds
 
 
 def wired(
@@ -65,20 +68,32 @@ def dimensions(stage: StageSpec, index: int) -> dict[str, Any]:
     """What the denoiser of stage ``index`` is told about its surroundings, but for the encoder's widths."""
     import torch
 
+    from imagen_kit.hollow import hollow
+
     kinds = registries()
-    with torch.device("meta"):
+    with hollow():
         codec = kinds["codec"].create(stage.codec.name, **stage.codec.options)
     with torch.device("cpu"):  # its tables are read, also where the caller builds on the meta device
         schedule = kinds["schedule"].create(stage.schedule.name, **stage.schedule.options)
     return {
         "in_channels": codec.channels,
         "image_size": stage.size // codec.factor,
-        "low_res_channels": codec.channels if index else 0,
+        "low_res_channels": getattr(codec, "picture_channels", codec.channels) if index else 0,
         # An edm network is told ln(sigma)/4 in place of native time, whatever the schedule.
         "time_scale": 1.0 if stage.prediction == "edm" else schedule.time_scale,
         "schedule": schedule,
         "prediction": stage.prediction,
     }
+
+
+def low_res(stage: StageSpec) -> Any:
+    """How the stage is shown the picture before it, a ``LowRes``; KitError where it cannot be so."""
+    from imagen_kit.cascade import LowRes
+
+    told = stage.low_res
+    part = told.schedule
+    schedule = None if part is None else registries()["schedule"].create(part.name, **part.options)
+    return LowRes(schedule, told.align_corners, told.told)
 
 
 def option_faults(registry: Registry, part: Any, path: str, given: tuple[str, ...] = ()) -> Iterator[Fault]:
@@ -219,21 +234,19 @@ def denoiser_faults(
     text: Mapping[str, Any],
     strategies: Mapping[str, Any] | None = None,
 ) -> Iterator[Fault]:
-    """What the denoiser's constructor and one forward pass object to, found on the meta device.
+    """What the denoiser's constructor and one forward pass object to, found without its weights.
 
     So is whether it has the layers that ``strategies``, guidance by path, change. ``text`` holds the widths
     or the number of classes that it is wired to.
     """
-    import torch
-
+    from imagen_kit.hollow import sketched
     from imagen_kit.recipe.trial import evaluate, told_faults
 
     known = dimensions(stage, index)
     factory = registry.get(stage.denoiser.name)
     options = wired(registry, stage.denoiser.name, stage.denoiser.options, {**known, **text})
     try:
-        with torch.device("meta"):
-            module = factory(**options)
+        module = sketched(partial(factory, **options))
         evaluate(module, stage, known, options, text.get("num_classes"))
         yield from told_faults(module, stage, path.replace("denoiser", "told"), text.get("num_classes"))
         for here, strategy in (strategies or {}).items():

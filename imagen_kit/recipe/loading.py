@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import nn
 from imagen_kit import weights_path
 from imagen_kit.checkpoints import loading, reading
 from imagen_kit.errors import KitError
+from imagen_kit.hollow import hollow_parameters, sketched
 from imagen_kit.registry import Registry
-from imagen_kit.weights import load_strict, read_header
+from imagen_kit.weights import check_fit, load_strict, read_header
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 # Arguments that no checkpoint tells: how the network is wired to the recipe, and how it is run.
@@ -63,13 +65,13 @@ def load_network(kind: str, registry: Registry, name: str, options: dict[str, An
     Raises:
         KitError: damaged, of no known format, or not the network that the recipe describes.
     """
-    with torch.device("meta"):
-        asked = registry.create(name, **options)
+    make = partial(registry.create, name, **options)
+    asked = sketched(make)
     if not isinstance(asked, nn.Module):
         raise KitError(f"{kind} {name!r} has no weights; leave them out")
     own = {key: tuple(tensor.shape) for key, tensor in asked.state_dict().items()}
     if path.suffix == ".safetensors" and set(read_header(path)) - {"__metadata__"} == set(own):
-        return _filled(registry.create(name, **options), path)
+        return _filled(asked, make, path)
     opened = reading.open_checkpoint(path, kind)
     form = None
     if opened.origin is not None:
@@ -80,7 +82,8 @@ def load_network(kind: str, registry: Registry, name: str, options: dict[str, An
         except KitError:
             if path.suffix != ".safetensors":
                 raise
-            return _filled(registry.create(name, **options), path)  # tells what is missing and extra
+            check_fit(asked, path)  # tells what is missing and extra
+            raise
     takes = inspect.signature(registry.get(origin.part)).parameters
     told = {key: options[key] for key in _SURROUNDINGS if key in options and key in takes}
     origin = replace(origin, kwargs={**origin.kwargs, **told})
@@ -88,8 +91,17 @@ def load_network(kind: str, registry: Registry, name: str, options: dict[str, An
     return loading.finish(source, origin, dtype=torch.float32, format=form)
 
 
-def _filled(module: nn.Module, path: Path) -> nn.Module:
-    load_strict(module, path)
+def _filled(asked: nn.Module, make: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """The module with its own tensors: a small one copies them, a larger one leaves them in the file, mapped."""
+    if not any(p.is_meta for p in asked.parameters()):
+        load_strict(asked, path)
+        return asked
+    check_fit(asked, path)
+    with hollow_parameters():
+        module = make()
+    loading.fill(module, reading.MappedSafetensors(path), loading.OURS, {}, dtype=torch.float32)
+    if getattr(module, "channels_last", False):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module
 
 
@@ -125,7 +137,7 @@ def _download(hub_id: str) -> Path:
             root = snapshot_download(
                 f"{owner}/{name}",
                 allow_patterns=[f"{start}*.{ending}" for ending in endings],
-                ignore_patterns=["*.fp16.*", "*non_ema*"],
+                ignore_patterns=["*.fp16.*", "*non_ema*", f"{start}*/*"],  # their * goes into folders too
             )
             if any((Path(root) / folder).glob("*.safetensors")):
                 break
@@ -134,4 +146,8 @@ def _download(hub_id: str) -> Path:
         raise KitError(
             f"weights {hub_id!r} are no file or folder here, nor to be had from the hub: {line}"
         ) from error
-    return weights_path.resolve(Path(root) / folder)
+    found = Path(root) / folder
+    if not any(file.suffix in reading.SUFFIXES for file in found.glob("*")):
+        where = f"folder {folder!r}" if folder else "first folder"
+        raise KitError(f"weights {hub_id!r}: the hub's {owner}/{name} holds no weights in its {where}")
+    return found

@@ -55,6 +55,33 @@ class LabelsSpec(BaseModel):
     null: bool = True
 
 
+class PerformanceSpec(BaseModel):
+    """How a stage's network is run; see ``imagen_kit.performance.Performance``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    memory_format: Literal["auto", "channels_last", "contiguous"] | None = None
+    compile: Literal["off", "blocks", "whole"] = "off"
+    quantise: Literal["off", "int8", "int8_weights", "fp8"] = "off"
+    attention: (
+        Literal["sdpa", "flash", "cudnn", "efficient", "math", "flash3", "flex", "xformers", "eager"] | None
+    ) = None
+    graph: bool = False
+    remember_text: bool = True
+
+
+class LowResSpec(BaseModel):
+    """How a later stage is shown the picture before it; see ``imagen_kit.cascade.LowRes``.
+
+    ``schedule`` noises it, ``align_corners`` is of its enlargement, ``told`` how the network learns the noise.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    schedule: Part | None = None
+    align_corners: bool = False
+    told: Literal["level", "label"] = "level"
+
+
 class NetworkSpec(BaseModel):
     """A further network of a stage that guidance asks for by name, such as the weak one of autoguidance.
 
@@ -70,11 +97,13 @@ class StageSpec(BaseModel):
     """One diffusion model of the cascade.
 
     ``size`` is the side of its picture in pixels, ``low_res_level`` the noise level in [0, 1] at which a
-    later stage is shown the picture of the one before, ``weights`` a checkpoint of any known format (a file
+    later stage is shown the picture of the one before and ``low_res`` how, ``text_encoder`` the stage's own
+    where it is not the recipe's, ``weights`` a checkpoint of any known format (a file
     or folder relative to the recipe; ``package:`` starts in the kit's own weights; a hub id such as
     ``owner/name/unet``) or ``random``, ``told`` numbers that the network is told, ``networks`` further
     networks that guidance asks for, ``execution`` whether what guidance evaluates is one batched call or
-    split.
+    split, ``performance`` how the networks are run, ``cache`` a registered cache of what the network computes
+    from step to step.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -91,7 +120,11 @@ class StageSpec(BaseModel):
     networks: dict[str, NetworkSpec] = {}
     execution: Literal["batched", "split"] = "batched"
     low_res_level: float = Field(0.0, ge=0, le=1)
+    low_res: LowResSpec = LowResSpec()
+    text_encoder: Part | None = None
     told: ToldSpec = ToldSpec()
+    performance: PerformanceSpec = PerformanceSpec()
+    cache: Part | None = None
 
 
 class RecipeSpec(BaseModel):
@@ -100,7 +133,8 @@ class RecipeSpec(BaseModel):
     Only a recipe that pretrains its text encoder (``train.task: text``) has no stages.
 
     ``unconditional`` is what guidance takes for "no text", as the denoisers were trained: the encoding of the
-    empty prompt, or zeros.
+    empty prompt, or zeros. ``offload`` is what waits in main memory for its turn on the device: ``none``,
+    ``model``: whole networks, or ``layers``: their blocks.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -109,11 +143,13 @@ class RecipeSpec(BaseModel):
     text_encoder: Part | None = None
     labels: LabelsSpec | None = None
     unconditional: Literal["empty", "zeros"] = "empty"
+    offload: Literal["none", "model", "layers"] = "none"
     stages: list[StageSpec] = []
     train: dict[str, Any] | None = None
 
 
 PART_KEYS = ("schedule", "codec", "denoiser", "sampler")
+SWITCHES = ("compile", "quantise")  # of ``performance``: YAML reads a bare ``off`` as false
 
 
 def normalise(data: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +165,16 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
         out["stages"] = [dict(stage) if isinstance(stage, dict) else stage for stage in out["stages"]]
         for stage in (stage for stage in out["stages"] if isinstance(stage, dict)):
             stage.update({key: part(stage[key]) for key in PART_KEYS if key in stage})
+            for key in ("cache", "text_encoder"):
+                if key in stage:
+                    stage[key] = part(stage[key])
+            if isinstance(stage.get("low_res"), dict) and "schedule" in stage["low_res"]:
+                stage["low_res"] = {**stage["low_res"], "schedule": part(stage["low_res"]["schedule"])}
+            if isinstance(stage.get("performance"), dict):
+                stage["performance"] = {
+                    key: "off" if key in SWITCHES and value is False else value
+                    for key, value in stage["performance"].items()
+                }
             if isinstance(stage.get("guidance"), list):
                 stage["guidance"] = [part(item) for item in stage["guidance"]]
             if isinstance(stage.get("networks"), dict):

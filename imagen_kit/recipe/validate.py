@@ -62,6 +62,14 @@ def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
         for key in PART_KEYS:
             wired = check.WIRED if key == "denoiser" else ()
             yield from check.option_faults(kinds[key], stage.get(key), f"{path}.{key}", wired)
+        if "cache" in kinds:
+            yield from check.option_faults(kinds["cache"], stage.get("cache"), f"{path}.cache")
+        yield from check.option_faults(
+            kinds["text_encoder"], stage.get("text_encoder"), f"{path}.text_encoder"
+        )
+        low_res = stage.get("low_res")
+        noising = low_res.get("schedule") if isinstance(low_res, dict) else None
+        yield from check.option_faults(kinds["schedule"], noising, f"{path}.low_res.schedule")
         guidance = stage.get("guidance")
         for place, part in enumerate(guidance if isinstance(guidance, list) else []):
             yield from check.option_faults(kinds["guidance"], part, f"{path}.guidance.{place}")
@@ -87,8 +95,13 @@ def cascade_faults(spec: RecipeSpec) -> Iterator[Fault]:
         if before and stage.size < before[-1].size:
             rule = f"must be at least {before[-1].size}, the size of the stage before, not {stage.size}"
             yield Fault(f"stages.{index}.size", rule)
-    if spec.stages and spec.stages[0].low_res_level:
-        yield Fault("stages.0.low_res_level", "the first stage has no picture before it; leave it out")
+        if stage.text_encoder is not None and spec.labels is not None:
+            yield Fault(f"stages.{index}.text_encoder", "prompts are labels here; leave it out")
+        if stage.low_res.told == "label" and spec.labels is not None:
+            yield Fault(f"stages.{index}.low_res.told", "must be level: prompts are the labels here")
+    for key in ("low_res_level", "low_res"):
+        if spec.stages and key in spec.stages[0].model_fields_set and getattr(spec.stages[0], key):
+            yield Fault(f"stages.0.{key}", "the first stage has no picture before it; leave it out")
 
 
 def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -> Iterator[Fault]:
@@ -108,6 +121,7 @@ def fit_faults(stage: StageSpec, index: int, labels: LabelsSpec | None = None) -
         with torch.device("meta" if kind == "codec" else "cpu"):
             built[key], found = check.construct(factory, f"{path}.{key}")
         yield from found
+    yield from check.construct(partial(check.low_res, stage), f"{path}.low_res")[1]
     schedule, sampler, codec = built["schedule"], built["sampler"], built["codec"]
     guidance = {f"{path}.{key}": part for key, part in built.items() if key.startswith("guidance.") and part}
     if schedule is not None and sampler is not None:

@@ -69,6 +69,7 @@ class DpmAdaptive(Sampler):
 
     name: ClassVar[str] = "dpm_adaptive"
     linear: ClassVar[bool] = False
+    decides: ClassVar[bool] = True
 
     spacing: str = "log_snr"
     order: int = 3  # type: ignore[misc]

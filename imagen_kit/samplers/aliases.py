@@ -126,9 +126,26 @@ def _grid(config: Config, default: str) -> Options:
     return options
 
 
+def _first_time(config: Config, to_one: bool) -> Options:
+    """Whether the last step ends at time 0, where a little noise is left; ``to_one`` is the class's default.
+
+    Without an offset the grid is at time 0 already, and such a step would lead nowhere.
+    """
+    if config.get("set_alpha_to_one", to_one) or not config.get("steps_offset"):
+        return {}
+    return {"final": "sigma_min", "closed": False}
+
+
+def _solver_grid(config: Config) -> Options:
+    """Of the solvers that leave the last of ``steps + 1`` even times out when they go to sigma = 0 instead."""
+    options = _grid(config, "linspace")
+    counted = options["spacing"] in ("linspace", "leading") and "final" not in options
+    return {**options, "closed": True} if counted else options
+
+
 def _multistep(config: Config) -> Alias:
     kind, order = config.get("algorithm_type", "dpmsolver++"), config.get("solver_order", 2)
-    options = _grid(config, "linspace")
+    options = _solver_grid(config)
     if order == 1:
         # The first-order methods are DDIM's step, SDE-DPM-Solver++ with all noise drawn anew.
         if kind == "sde-dpmsolver":
@@ -148,7 +165,7 @@ def _singlestep(config: Config) -> Alias:
     if kind == "sde-dpmsolver":
         raise _Missing
     options = {
-        **_grid(config, "linspace"),
+        **_solver_grid(config),
         "lower_order_final": config.get("lower_order_final", False),
         "kind": config.get("solver_type", "midpoint"),
     }
@@ -167,7 +184,7 @@ def _deis(config: Config) -> Alias:
 
 def _unipc(config: Config) -> Alias:
     return "unipc", {
-        **_grid(config, "linspace"),
+        **_solver_grid(config),
         "order": config.get("solver_order", 2),
         "variant": config.get("solver_type", "bh2"),
         "predict": "x0" if config.get("predict_x0", True) else "noise",
@@ -207,10 +224,10 @@ _DIFFUSERS: dict[str, Callable[[Config], Alias]] = {
         "ddpm",
         {**_grid(c, "leading"), "variance": c.get("variance_type", "fixed_small")},
     ),
-    "DDIMScheduler": _plain("ddim", "leading"),
+    "DDIMScheduler": lambda c: ("ddim", {**_grid(c, "leading"), **_first_time(c, True)}),
     "PNDMScheduler": lambda c: (
         "plms",
-        {**_grid(c, "leading"), "skip_prk_steps": c.get("skip_prk_steps", False)},
+        {**_grid(c, "leading"), **_first_time(c, False), "skip_prk_steps": c.get("skip_prk_steps", False)},
     ),
     "IPNDMScheduler": lambda c: ("ipndm", {}),
     "EulerDiscreteScheduler": _plain("euler", "linspace"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from imagen_kit.errors import KitError, unknown
-from imagen_kit.samplers import batched
+from imagen_kit.samplers import batched, step_lists
 from imagen_kit.samplers import grid as grids
 from imagen_kit.samplers.grid import GridOptions, Point
 from imagen_kit.samplers.noise import Generators, gaussian
@@ -119,17 +119,23 @@ class Sampler:
         final: ``"zero"``: the last step goes to sigma = 0; ``"sigma_min"``: the grid's last time is the end.
         offset: added to the integer times of ``leading`` (1 for Stable Diffusion).
         rho: exponent of ``karras``.
+        closed: whether the spacing counts the end among its times, as it does by default where ``final`` is
+            ``"sigma_min"``. False with that: the spacing's last time is followed by the schedule's cleanest
+            (Stable Diffusion's PLMS and DDIM). True with ``"zero"``: the spacing reaches down to the cleanest
+            time, but in its place the last step goes to sigma = 0 (diffusers' DPM-Solvers).
     """
 
     name: ClassVar[str] = "custom"
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = False
+    decides: ClassVar[bool] = False  # on its steps as it goes, by what the network answers
     default_steps: ClassVar[int] = 20
 
     spacing: str = "auto"
     final: str = "zero"
     offset: int = 0
     rho: float = 7.0
+    closed: bool | None = None
 
     def __post_init__(self) -> None:
         if self.spacing not in grids.SPACINGS:
@@ -139,6 +145,8 @@ class Sampler:
         if not (isinstance(self.offset, int) and self.offset >= 0):
             raise KitError(f"sampler option 'offset' must be a whole number from 0, not {self.offset!r}")
         self._range("rho", 0.0, math.inf, open_low=True)
+        if not (self.closed is None or isinstance(self.closed, bool)):
+            raise KitError(f"sampler option 'closed' must be true, false or null, not {self.closed!r}")
 
     def _range(self, option: str, low: float, high: float, open_low: bool = False) -> None:
         """KitError unless the option is a number in [low, high] (or (low, high])."""
@@ -186,8 +194,10 @@ class Sampler:
         """
         _whole("steps", steps)
         if timesteps is None and sigmas is None:
-            count = self.default_steps if steps is None else steps
-            return grids.grid(schedule, count, self.spacing, self.final, GridOptions(self.offset, self.rho))
+            usual = step_lists.LENGTHS.get(self.spacing, self.default_steps)
+            count = usual if steps is None else steps
+            options = GridOptions(self.offset, self.rho, self.closed)
+            return grids.grid(schedule, count, self.spacing, self.final, options)
         points = grids.explicit(schedule, timesteps, sigmas, self.final)
         if steps is not None and steps != len(points) - 1:
             raise KitError(f"the given grid has {len(points) - 1} steps, not {steps}; leave steps out")

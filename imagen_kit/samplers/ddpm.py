@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +24,10 @@ from imagen_kit.schedules.base import Schedule
 
 VARIANCES = {"fixed_small": 0.0, "fixed_large": 1.0}
 LEARNED = ("learned_range", "learned")
+
+
+#: (log small, log large) of every step: numbers, or (n, 2, b) on the device
+Spans = list[list[float]] | Tensor
 
 
 @register("ddpm", order=1, stochastic=True, evaluations="steps", linear="unless the variance is learned")
@@ -125,17 +131,29 @@ class Ddpm(Sampler):
         learned = _Learned(denoise, generator, source, spans, self.variance == "learned")
         return self.fixed.sample(learned, x, schedule, steps, **grid, noise=learned.noise, callback=callback)
 
-    def _spans(self, x: Tensor, schedule: Schedule, steps: int | None, grid: dict[str, Any]) -> Tensor:
-        """(n, 2, b or 1): log of the small and of the large variance of every step, on x's device."""
+    def _spans(self, x: Tensor, schedule: Schedule, steps: int | None, grid: dict[str, Any]) -> Spans:
+        """Log of the small and of the large variance of every step; tensors (b,) where samples have grids."""
         rows = grids.each_sample(grid["timesteps"], grid["sigmas"], len(x) if x.ndim else 0)
-        which = "sigmas" if grid["timesteps"] is None else "timesteps"
-        each = [grid] if rows is None else [{which: row} for row in rows]
-        table = []
-        for one in each:
-            points = self.points(schedule, steps, **one)
-            pairs = [variances(*pair) for pair in pairwise(points)]
-            table.append([[math.log(v) if v > 0 else -math.inf for v in pair] for pair in pairs])
-        return torch.tensor(table, dtype=torch.float64).permute(1, 2, 0).to(working_dtype(x)).to(x.device)
+        if rows is not None:
+            which = "sigmas" if grid["timesteps"] is None else "timesteps"
+            table = [_logs(self.points(schedule, steps, **{which: row})) for row in rows]
+            return torch.tensor(table, dtype=torch.float64).permute(1, 2, 0).to(working_dtype(x)).to(x.device)
+        if grid["timesteps"] is None and grid["sigmas"] is None:
+            with contextlib.suppress(TypeError):  # a schedule that cannot be a key
+                return _remembered(self, schedule, steps)
+        return _logs(self.points(schedule, steps, **grid))
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered(sampler: Ddpm, schedule: Schedule, steps: int | None) -> list[list[float]]:
+    """Every run on a grid asks for the same numbers."""
+    return _logs(sampler.points(schedule, steps))
+
+
+def _logs(points: list[Point]) -> list[list[float]]:
+    """(log small, log large) variance of every step."""
+    pairs = [variances(*pair) for pair in pairwise(points)]
+    return [[math.log(v) if v > 0 else -math.inf for v in pair] for pair in pairs]
 
 
 def variances(now: Point, then: Point) -> tuple[float, float]:
@@ -151,9 +169,7 @@ class _Learned:
     each, after the evaluation that says their variance, so that a count of draws tells the step.
     """
 
-    def __init__(
-        self, denoise: Any, generator: Generators | None, source: Noise, spans: Tensor, is_log: bool
-    ):
+    def __init__(self, denoise: Any, generator: Generators | None, source: Noise, spans: Spans, is_log: bool):
         self._denoise, self._generator, self._source = denoise, generator, source
         self._spans, self._is_log = spans, is_log
         self._said: Tensor | None = None
@@ -173,7 +189,10 @@ class _Learned:
         drawn = self._source()
         assert self._said is not None
         said = self._said.to(drawn.dtype)
-        small, large = (span.view(-1, *(1,) * (said.ndim - 1)) for span in self._spans[self._draws])
+        small, large = (
+            span.view(-1, *(1,) * (said.ndim - 1)) if isinstance(span, Tensor) else span
+            for span in self._spans[self._draws]
+        )
         self._draws += 1
         log = said if self._is_log else small + (said + 1) / 2 * (large - small)
         return drawn * ((log - small) / 2).exp()

@@ -120,7 +120,8 @@ class Plan:
         widen = not getattr(total, "takes_any_dtype", False)
         slots: list[Any] = [None] * self.slots
         slots[0] = x.to(work) if widen else x
-        x0 = x
+        x0: Any = x
+        answers: Any = None
         for op in self.operations:
             for slot in op.draws:
                 drawn = noise()
@@ -133,13 +134,15 @@ class Plan:
             told = state.to(dtype) if narrow else state
             if op.step is not None:
                 yield op.step, told, x0
+            for slot in op.dead:  # before the evaluation, whose memory they would add to
+                slots[slot] = None
             if op.t is not None:
+                x0 = answers = None
                 answers = parts(told, op.t, op.also) if op.also else (denoise(told, op.t),)
                 x0 = answers[0]
                 for slot, answer in zip(op.outputs, answers, strict=True):
-                    slots[slot] = answer if answer.dtype == work or not widen else answer.to(work)
-            for slot in op.dead:
-                slots[slot] = None
+                    if slot not in op.dead:
+                        slots[slot] = answer if answer.dtype == work or not widen else answer.to(work)
 
     def run(self, denoise: Denoise, x: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
         """See ``Tableau.run``."""
@@ -147,6 +150,7 @@ class Plan:
             if callback is not None:
                 callback(step, state, x0)
             x = state
+            del x0  # the run goes on without it
         return x
 
     @cached_property

@@ -1,8 +1,9 @@
 """Where a sampler steps: spacings of the time grid, and the points they make.
 
 A spacing is a function (schedule, steps, closed, options) -> native times, noisiest first. Open grids have
-``steps`` times and end at the schedule's clean end (sigma = 0), which is not one of them; closed grids have
-``steps + 1`` times, the last being ``schedule.t_min``.
+``steps`` times, and the end of sampling is not one of them; closed grids have ``steps + 1`` times, the last being
+``schedule.t_min``, which is the end. An end at sigma = 0 goes with an open grid and one at ``t_min`` with a closed
+grid, but for published systems that have it otherwise (``GridOptions.closed``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imagen_kit.errors import KitError, unknown
+from imagen_kit.samplers import step_lists
 from imagen_kit.schedules.base import UNIT_RATIOS, Schedule
 
 
@@ -43,10 +45,12 @@ class Point:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """``offset``: added to the integer times of ``leading``; ``rho``: exponent of ``karras``."""
+    """``offset``: added to the integer times of ``leading``; ``rho``: exponent of ``karras``; ``closed``: whether
+    the spacing's times include the end's, None = where the end is ``t_min``."""
 
     offset: int = 0
     rho: float = 7.0
+    closed: bool | None = None
 
 
 #: Spacings that keep to the whole times of a discrete schedule, and so end with them.
@@ -100,6 +104,16 @@ def trailing(schedule: Schedule, steps: int, closed: bool, options: GridOptions)
         return np.append(times, 0.0) if closed and times[-1] > 0 else times
     uniform = 1 - np.arange(steps + closed) / steps
     return _shifted(schedule, uniform)
+
+
+@spacing("sd3")
+def sd3(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> np.ndarray:
+    """Evenly from the noisiest time to the shifted 1/1000 of the way up, and then shifted (SD3's published code).
+
+    The shift acts twice on the last time: the levels between which that code spaces evenly are shifted already.
+    """
+    uniform = np.linspace(1, schedule.shift_time(1e-3), steps)
+    return _shifted(schedule, np.append(uniform, 0.0) if closed else uniform)
 
 
 @spacing("karras")
@@ -193,6 +207,7 @@ def auto(schedule: Schedule, steps: int, closed: bool, options: GridOptions) -> 
 
 
 SPACINGS["exponential"] = log_snr
+SPACINGS.update(step_lists.SPACINGS)
 
 
 def grid(
@@ -209,15 +224,24 @@ def grid(
     """
     if spacing not in SPACINGS:
         raise KitError(unknown("spacing", spacing, SPACINGS))
-    closed = final == "sigma_min"
+    at_zero = final == "zero"
+    closed = not at_zero if options.closed is None else options.closed
     most = schedule.discrete - closed if schedule.discrete else steps
     if steps > most and spacing in WHOLE_TIMES:
         raise KitError(
             f"steps must be at most {most} on a schedule of {schedule.discrete} times, not {steps}"
         )
-    times = SPACINGS[spacing](schedule, steps, closed, options)
-    points = [_point(schedule, t) for t in times.tolist()]
-    return check(schedule, points if closed else [*points, clean(schedule)])
+
+    def spaced(closed: bool) -> list[Point]:
+        return [_point(schedule, t) for t in SPACINGS[spacing](schedule, steps, closed, options).tolist()]
+
+    points = spaced(closed)
+    if points[-1].sigma == 0 and not closed:
+        points = spaced(True)  # clean already (t_min = 0): one more step would lead nowhere
+    if at_zero or not closed:  # else the last of them is the end
+        end = clean(schedule) if at_zero else _point(schedule, schedule.t_min)
+        points = [*points[:steps], end]
+    return check(schedule, points)
 
 
 def explicit(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,8 @@ class TextEncoder(nn.Module):
         self.pad_to_max = pad_to_max
         self.cache_size = cache
         self._cache: OrderedDict[str, Row] = OrderedDict()
+        #: What surrounds encoding; replaced where the weights are elsewhere meanwhile (``performance.offload``).
+        self.working: Callable[[], AbstractContextManager[object]] = nullcontext
         # Follows .to(device, dtype) also in encoders without parameters.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
@@ -106,7 +109,7 @@ class TextEncoder(nn.Module):
         known = {prompt: self._cache[prompt] for prompt in dict.fromkeys(prompts) if prompt in self._cache}
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if fresh:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with self.working(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 known.update(zip(fresh, self._encode(fresh), strict=True))
         self._remember(known)
         return [self._here(known[prompt]) for prompt in prompts]
@@ -136,7 +139,7 @@ class TextEncoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TextEncoder:
         before = self._anchor.dtype
-        after = fn(torch.empty_like(self._anchor)).dtype
+        after = fn(torch.empty(0, dtype=before, device=self.device)).dtype
         if after == torch.float16 and not self.fp16_safe:
             raise KitError(f"text encoder {self.kind!r} overflows in fp16; use bf16 or fp32")
         if after != before:  # a move keeps what is remembered, a change of precision does not

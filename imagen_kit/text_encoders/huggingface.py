@@ -4,17 +4,21 @@ tokenizer."""
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from imagen_kit import weights_path
 from imagen_kit.errors import KitError, nearest, unknown
 from imagen_kit.text_encoders.tokenizers import PretrainedTokenizer
+
+if TYPE_CHECKING:
+    from imagen_kit.checkpoints.loading import Source as Tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -74,6 +78,74 @@ def config(source: Source) -> Any:
     return _read(
         source, "config", lambda: AutoConfig.from_pretrained(source.location, subfolder=source.subfolder)
     )
+
+
+def fields(source: Source) -> dict[str, Any]:
+    """The fields of the config.json of ``source``; KitError when there is none that can be read."""
+    path = source.folder / "config.json" if source.folder is not None else None
+    if path is not None and not path.is_file():
+        raise KitError(f"weights {str(source)!r} have no config.json; give the folder that holds one")
+    try:
+        if path is None:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(source.location, "config.json", subfolder=source.subfolder or None))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the hub's errors are many
+        raise _unreadable(source, "config", error) from error
+    if not isinstance(found, dict):
+        raise KitError(f"config of {str(source)!r} cannot be read: it is no JSON object")
+    return found
+
+
+def tensors(source: Source) -> Tensors:
+    """The tensors of ``source``, mapped into memory and read when they are used: one file or shards.
+
+    Raises:
+        KitError: none there, truncated, damaged, or a hub that cannot be reached.
+    """
+    from imagen_kit.checkpoints.reading import open_checkpoint
+
+    try:
+        return open_checkpoint(source.folder or _downloaded(source), "text_encoder").source
+    except Exception as error:
+        raise _unreadable(source, "weights", error) from error
+
+
+def _downloaded(source: Source) -> Path:
+    from huggingface_hub import snapshot_download
+
+    start = f"{source.subfolder}/" if source.subfolder else ""
+    root = Path()
+    for ending in ("safetensors", "bin"):  # pickles only where there is nothing else
+        wanted = [f"{start}*.{ending}", f"{start}*.index.json"]
+        root = Path(snapshot_download(source.location, allow_patterns=wanted, ignore_patterns=["*.fp16.*"]))
+        if any((root / source.subfolder).glob(f"*.{ending}")):
+            break
+    return root / source.subfolder
+
+
+def fitted(
+    source: Source, found: Tensors, wanted: Mapping[str, tuple[int, ...]], what: str, spare: str = r"$^"
+) -> None:
+    """KitError unless ``found`` has the tensors ``wanted``, named with their shapes, and none but ``spare`` ones.
+
+    Args:
+        source, found: the weights and their tensors.
+        wanted: shape of every tensor that is needed.
+        what: they are for.
+        spare: pattern of names that may be there beyond those.
+    """
+    shapes = found.shapes
+    faults = [f"missing {key}" for key in sorted(wanted) if key not in shapes]
+    faults += [f"extra {key}" for key in sorted(shapes) if key not in wanted and not re.match(spare, key)]
+    faults += [
+        f"{key} is {tuple(shapes[key])} instead of {tuple(shape)}"
+        for key, shape in sorted(wanted.items())
+        if key in shapes and tuple(shapes[key]) != tuple(shape)
+    ]
+    if faults:
+        raise KitError(f"weights {str(source)!r} do not fit {what}: {shortened(faults)}")
 
 
 def require_size(
@@ -188,8 +260,12 @@ def _read(source: Source, what: str, load: Callable[[], Any]) -> Any:
     except KitError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise their own many kinds
-        where = "" if source.folder is not None else " (not a folder here; tried the Hugging Face hub)"
-        raise KitError(f"{what} of {str(source)!r} cannot be read{where}: {first_line(error)}") from error
+        raise _unreadable(source, what, error) from error
+
+
+def _unreadable(source: Source, what: str, error: Exception) -> KitError:
+    where = "" if source.folder is not None else " (not a folder here; tried the Hugging Face hub)"
+    return KitError(f"{what} of {str(source)!r} cannot be read{where}: {first_line(error)}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The T5 family: T5, T5 v1.1, mT5, umT5 and ByT5 encoders through transformers."""
+"""The T5 family: T5, T5 v1.1, mT5, umT5 and ByT5 encoders."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imagen_kit.errors import KitError, unknown
+from imagen_kit.hollow import hollow, is_hollow
 from imagen_kit.text_encoders import huggingface, register
-from imagen_kit.text_encoders.tokenizers import ByteTokenizer, MissingTokenizer, Tokenizer
-from imagen_kit.text_encoders.transformer import TransformerEncoder
+from imagen_kit.text_encoders.t5_network import KINDS, T5Network, T5Settings
+from imagen_kit.text_encoders.t5_weights import EXECUTIONS, RandomWeights, StoredWeights, fill
+from imagen_kit.text_encoders.tokenizers import (
+    ByteTokenizer,
+    LowercaseTokenizer,
+    MissingTokenizer,
+    Tokenizer,
+)
+from imagen_kit.text_encoders.transformer import TransformerEncoder, precision
 
 _KEYS = ("d_model", "d_ff", "num_heads", "num_layers", "d_kv", "vocab_size", "feed_forward_proj")
 _V1_1 = {
@@ -68,6 +76,8 @@ class T5TextEncoder(TransformerEncoder):
         tokenizer: ``auto`` (the folder's own; bytes where the vocabulary is ByT5's and the folder has none),
             ``bytes``, or a folder or hub id. ``auto`` means bytes for random weights, folded into a smaller
             vocabulary; ``none`` leaves them without one.
+        lowercase: read prompts in lower case, without blanks at their ends (DeepFloyd IF and PixArt, whose
+            cleaning of captions begins with that).
         max_length: most tokens of a prompt, end token included (Imagen: 128); longer prompts are cut.
         layer: ``last``, ``penultimate`` or a negative number; T5's final norm is applied to all of them.
         padding: ``masked``; ``kept`` for DeepFloyd IF; ``attended`` for SD3 and FLUX.
@@ -75,6 +85,11 @@ class T5TextEncoder(TransformerEncoder):
         dtype: ``auto`` (fp32; bf16 from a billion parameters on), ``fp32`` or ``bf16``.
         cache: number of prompts remembered.
         seed: of random weights.
+        execution: where the weights of the blocks are. ``whole``: in memory. ``streamed``: in their file, from
+            which each block is read at its turn, the next one meanwhile (of random weights it is drawn anew):
+            an XXL encoder in the memory of its embeddings and two blocks, with the same embeddings bit for bit.
+            ``int8``: in memory in eight bits with a scale for each row, half of bf16; see
+            ``imagen_kit.performance.rowwise``.
 
     Raises:
         KitError: weights that are absent, truncated, of another model or of another shape; fp16.
@@ -87,6 +102,7 @@ class T5TextEncoder(TransformerEncoder):
         weights: str | Path = "random",
         size: str | dict[str, Any] | None = None,
         tokenizer: str = "auto",
+        lowercase: bool = False,
         max_length: int = 128,
         layer: str | int = "last",
         padding: str = "masked",
@@ -94,17 +110,23 @@ class T5TextEncoder(TransformerEncoder):
         dtype: str = "auto",
         cache: int = 128,
         seed: int = 0,
+        execution: str = "whole",
     ):
-        network, words = _build(weights, size, tokenizer, seed)
-        settings: Any = network.config
+        if execution not in EXECUTIONS:
+            raise KitError(unknown("t5 execution", execution, EXECUTIONS))
+        network, source, words = _open(weights, size, tokenizer, seed)
+        settings = network.settings
+        held = precision("t5", dtype, network, self.fp16_safe)
+        if not is_hollow():
+            fill(network, source, execution, held)
         super().__init__(
             "t5",
             network,
-            words,
+            LowercaseTokenizer(words) if lowercase else words,
             depth=settings.num_layers,
             layer=layer,
             padding=padding,
-            dtype=dtype,
+            dtype="bf16" if held == torch.bfloat16 else "fp32",
             dim=settings.d_model,
             pooled_dim=None,
             max_length=max_length,
@@ -114,54 +136,49 @@ class T5TextEncoder(TransformerEncoder):
         self.depth = settings.num_layers
 
     def _run(self, ids: Tensor, mask: Tensor, ends: Tensor) -> tuple[Tensor, None]:
-        if self.block == self.depth:
-            return self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state, None
-        hidden = self._blocks(ids, mask)[self.block]
-        network: Any = self.network
-        return network.encoder.final_layer_norm(hidden), None
+        return self.network(ids, mask, self.block), None
 
     def _blocks(self, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
-        out = self.network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
-        return out.hidden_states
+        network: Any = self.network
+        return network.outputs(ids, mask)
 
 
-def _build(
+def _open(
     weights: str | Path, size: str | dict[str, Any] | None, tokenizer: str, seed: int
-) -> tuple[nn.Module, Tokenizer]:
-    import transformers as hf
-
-    kinds = {
-        "t5": (hf.T5Config, hf.T5EncoderModel),
-        "mt5": (hf.MT5Config, hf.MT5EncoderModel),
-        "umt5": (hf.UMT5Config, hf.UMT5EncoderModel),
-    }
+) -> tuple[T5Network, Any, Tokenizer]:
+    """The network without its weights, the source of those, and the tokenizer."""
     if str(weights) == "random":
         fields = SIZES.get(size or "small") if not isinstance(size, dict) else size
         if fields is None:
             raise KitError(unknown("t5 size", size, SIZES))
-        kind = fields.get("model_type", "t5")
-        if kind not in kinds:
-            raise KitError(unknown("t5 model_type", kind, kinds))
-        settings = huggingface.random_config(kinds[kind][0], fields, "t5")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = kinds[kind][1](settings)
-        if tokenizer == "none":
-            return network, MissingTokenizer("t5")
-        if tokenizer not in ("auto", "bytes"):
-            return network, huggingface.tokenizer(tokenizer)
-        return network, ByteTokenizer(settings.vocab_size)
+        network = _hollow(T5Settings.of(fields, strict=True))
+        return network, RandomWeights(network, seed), _folded(tokenizer, network.settings.vocab_size)
     source = huggingface.locate(weights)
-    settings = huggingface.config(source)
-    if settings.model_type not in kinds:
+    config = huggingface.fields(source)
+    if config.get("model_type") not in KINDS:
         raise KitError(
-            f"weights {str(weights)!r} hold a {settings.model_type!r} network; text encoder 't5' reads "
-            f"{', '.join(kinds)}"
+            f"weights {str(weights)!r} hold a {config.get('model_type')!r} network; text encoder 't5' reads "
+            f"{', '.join(KINDS)}"
         )
+    settings = T5Settings.of(config)
     huggingface.require_size("t5", source, settings, size, SIZES)
     words = _tokenizer(tokenizer, source, settings.vocab_size)
-    network = huggingface.model(kinds[settings.model_type][1], source, settings, r"decoder\.|lm_head\.")
-    return network, words
+    network = _hollow(settings)
+    return network, StoredWeights(source, network), words
+
+
+def _hollow(settings: T5Settings) -> T5Network:
+    with hollow():
+        return T5Network(settings)
+
+
+def _folded(tokenizer: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of random weights."""
+    if tokenizer == "none":
+        return MissingTokenizer("t5")
+    if tokenizer not in ("auto", "bytes"):
+        return huggingface.tokenizer(tokenizer)
+    return ByteTokenizer(vocab_size)
 
 
 def _tokenizer(spec: str, source: huggingface.Source, vocab_size: int) -> Tokenizer:

@@ -77,6 +77,21 @@ class BpeTokenizer:
         return out
 
 
+class LowercaseTokenizer:
+    """Another tokenizer that is shown prompts in lower case, without blanks at their ends.
+
+    Args:
+        tokenizer: the other one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.pad_id = tokenizer.pad_id
+
+    def __call__(self, prompts: Sequence[str], max_length: int) -> list[list[int]]:
+        return self._tokenizer([prompt.lower().strip() for prompt in prompts], max_length)
+
+
 class MissingTokenizer:
     """Stands in for the tokenizer of weights that came without one, and says so when it is given text.
 

@@ -58,7 +58,7 @@ class TransformerEncoder(TextEncoder):
         self.padding = padding
         self.block = _block(kind, layer, depth)
         self._freeze()
-        self.to(_dtype(kind, dtype, network, self.fp16_safe))
+        self.to(precision(kind, dtype, network, self.fp16_safe))
 
     @abstractmethod
     def _run(self, ids: Tensor, mask: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +136,8 @@ def _block(kind: str, layer: str | int, depth: int) -> int:
     return depth + 1 + back
 
 
-def _dtype(kind: str, name: str, network: nn.Module, fp16_safe: bool) -> torch.dtype:
+def precision(kind: str, name: str, network: nn.Module, fp16_safe: bool) -> torch.dtype:
+    """The dtype that ``name`` stands for in an encoder; KitError for an unknown or unsafe one."""
     choices = ["auto", "fp32", "bf16"] + ["fp16"] * fp16_safe
     if name == "fp16" and not fp16_safe:
         raise KitError(f"text encoder {kind!r} overflows in fp16; use bf16 or fp32")

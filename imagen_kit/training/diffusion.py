@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit import prediction
-from imagen_kit.cascade import augment_low_res
 from imagen_kit.conditioning import Cond, TextEmbeddings
 from imagen_kit.data.base import Dataset
 from imagen_kit.training.config import TimesConfig, TrainConfig
@@ -68,6 +68,42 @@ def draw_times(config: TimesConfig, n: int, schedule: Any, generator: torch.Gene
     return schedule.t_min + (schedule.t_max - schedule.t_min) * u
 
 
+def denoising_loss(
+    module: Callable[..., Tensor],
+    schedule: Any,
+    told: str,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cond: Cond,
+    weight: Callable[[Tensor, Tensor], float | Tensor] = lambda alpha, sigma: 1.0,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Mean over the batch of w(t) · the mean squared error of what the network says, a scalar in float32.
+
+    Args:
+        module: ``module(x, t, cond)``; channels beyond those of x0 (a learned variance) are left out.
+        schedule: noise schedule.
+        told: its prediction.
+        x0, noise: (b, c, h, w).
+        t: (b,) native times, float64 on the host.
+        cond: conditioning of the batch.
+        weight: of the squared error, from alpha and sigma (b,).
+        sigma_data: spread of the data, for ``edm``.
+    """
+    device = x0.device
+    alpha, sigma = schedule.alpha_sigma(t)
+    scale = torch.as_tensor(weight(alpha, sigma)).float().to(device)
+    x = schedule.add_noise(x0, noise, t.to(device))
+    goal = prediction.target(told, x0, noise, alpha.to(device), sigma.to(device), sigma_data)
+    seen, time = prediction.network_input(
+        told, x, t.to(device), alpha.to(device), sigma.to(device), sigma_data
+    )
+    output = module(seen, time.float(), cond).float()[:, : x0.shape[1]]
+    error = (output - goal).square().flatten(1).mean(1)
+    return (error * scale).mean()
+
+
 class DiffusionTask:
     """One stage of a recipe with its data.
 
@@ -75,7 +111,7 @@ class DiffusionTask:
         config: training settings.
         module: the denoiser, freshly initialised.
         stage: ``StageSpec`` of the recipe (name, prediction, size, sigma_data).
-        parts: its schedule, codec, sampler and guidance, by name.
+        parts: its schedule, codec, sampler, guidance and ``low_res``, by name.
         encoder: frozen text encoder.
         dataset: captioned pictures.
         low_size: side of the picture of the stage before, None for a first stage.
@@ -95,7 +131,7 @@ class DiffusionTask:
     ):
         self.config, self.module, self.stage = config, module, stage
         self.schedule, self.codec = parts["schedule"], parts["codec"]
-        self.sampler, self.guidance = parts["sampler"], parts["guidance"]
+        self.sampler, self.guidance, self.low_res = (parts[key] for key in ("sampler", "guidance", "low_res"))
         self.dataset, self.low_size, self.unconditional = dataset, low_size, unconditional
         self.text = TextCache(encoder, encoder.max_length if config.compile else None)
 
@@ -115,31 +151,25 @@ class DiffusionTask:
         x0 = self.codec.encode(examples.pictures.to(device))
         noise = torch.randn(x0.shape, generator=generator).to(device)
         t = draw_times(config.times, n, self.schedule, generator)
-        alpha, sigma = self.schedule.alpha_sigma(t)
-        weight = prediction.loss_weight(
-            stage.prediction, alpha, sigma, config.loss_weight, config.min_snr_gamma, stage.sigma_data
-        )
         keep = torch.rand(n, generator=generator) >= config.text_dropout
         text = self._text(examples.captions, keep, device)
-        low_res = level = None
+        shown: Mapping[str, Tensor] = {}
         if examples.low_res is not None:
             low, high = config.low_res_level
             level = (low + (high - low) * torch.rand(n, generator=generator)).to(device)
-            grain = torch.randn(n, 3, stage.size, stage.size, generator=generator).to(device)
-            low_res = augment_low_res(examples.low_res.to(device), stage.size, level, grain)
-        cond = Cond(
-            tokens=text.tokens, mask=text.mask, pooled=text.pooled, low_res=low_res, low_res_level=level
+            grain = torch.randn(n, 3, *x0.shape[-2:], generator=generator).to(device)
+            shown = self.low_res(examples.low_res.to(device), x0.shape[-1], level, grain)
+        cond = Cond(tokens=text.tokens, mask=text.mask, pooled=text.pooled, **shown)
+
+        def weight(alpha: Tensor, sigma: Tensor) -> Any:
+            return prediction.loss_weight(
+                stage.prediction, alpha, sigma, config.loss_weight, config.min_snr_gamma, stage.sigma_data
+            )
+
+        loss = denoising_loss(
+            module, self.schedule, stage.prediction, x0, noise, t, cond, weight, stage.sigma_data
         )
-        x = self.schedule.add_noise(x0, noise, t.to(device))
-        goal = prediction.target(
-            stage.prediction, x0, noise, alpha.to(device), sigma.to(device), stage.sigma_data
-        )
-        seen, told = prediction.network_input(
-            stage.prediction, x, t.to(device), alpha.to(device), sigma.to(device), stage.sigma_data
-        )
-        output = module(seen, told.float(), cond).float()[:, : x0.shape[1]]
-        error = (output - goal).square().flatten(1).mean(1)
-        return {"loss": (error * weight.float().to(device)).mean()}
+        return {"loss": loss}
 
     @torch.no_grad()
     def preview(self, module: nn.Module, n: int = 16) -> Tensor:
@@ -157,15 +187,11 @@ class DiffusionTask:
         generator = torch.Generator().manual_seed(0)
         told = self._text(examples.captions, torch.ones(n, dtype=torch.bool), device)
         null = self._text(examples.captions, torch.zeros(n, dtype=torch.bool), device)
-        shared: dict[str, Tensor] = {}
+        shared: Mapping[str, Tensor] = {}
         if examples.low_res is not None:
-            side = self.stage.size
-            level = torch.full((n,), self.stage.low_res_level, device=device)
+            side = self.stage.size // self.codec.factor
             grain = torch.randn(n, 3, side, side, generator=generator).to(device)
-            shared = {
-                "low_res": augment_low_res(examples.low_res.to(device), side, level, grain),
-                "low_res_level": level,
-            }
+            shared = self.low_res(examples.low_res.to(device), side, self.stage.low_res_level, grain)
         guidance = [s for s in self.guidance if not any(branch.network for branch in s.needs)]
         texts = {"cond": told, "uncond": null, "null": null}
         for name in {branch.cond for strategy in guidance for branch in strategy.needs} - set(texts):

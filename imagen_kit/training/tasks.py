@@ -43,7 +43,7 @@ def _diffusion(recipe: Any) -> Task:
     index = 0 if config.stage is None else names.index(config.stage)
     options = dict(config.data)
     dataset = data.create(options.pop("name", "pocket"), **options)
-    encoder = recipe.build_text_encoder()
+    encoder = recipe.build_text_encoder(index)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         module = recipe.build_stage_denoiser(index, encoder, weights=config.init == "weights")

@@ -78,12 +78,20 @@ def load_strict(module: nn.Module, path: str | Path) -> None:
     """Copy the tensors of a safetensors file into ``module``, which keeps its own device and dtype.
 
     Raises:
-        KitError: the file is missing, truncated or not safetensors, or its tensors are not exactly the
-            module's; the line lists missing, extra and misshapen tensors. The module is then unchanged.
+        KitError: as ``check_fit``. The module is then unchanged.
     """
-    header = read_header(
-        path
-    )  # names and shapes alone are compared first: a wrong 10 GB file is refused at once
+    check_fit(module, path)  # a wrong 10 GB file is refused at once
+    module.load_state_dict(read_safetensors(path))
+
+
+def check_fit(module: nn.Module, path: str | Path) -> None:
+    """Compare names and shapes of a safetensors file with those of ``module``; no tensor is read.
+
+    Raises:
+        KitError: the file is missing, truncated or not safetensors, or its tensors are not exactly the
+            module's; the line lists missing, extra and misshapen tensors.
+    """
+    header = read_header(path)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in wanted if name not in shapes]
@@ -100,7 +108,6 @@ def load_strict(module: nn.Module, path: str | Path) -> None:
     ]
     if faults:
         raise KitError(f"weights {path} do not fit {type(module).__name__}: tensors " + ", ".join(faults))
-    module.load_state_dict(read_safetensors(path))
 
 
 def read_header(path: str | Path) -> dict[str, dict]:

@@ -6,7 +6,9 @@ import json
 
 import torch
 
+from imagen_kit import guidance
 from imagen_kit.conditioning import Cond
+from imagen_kit.guidance.step import Step
 
 
 def official(module, inputs, config, meta):
@@ -17,12 +19,11 @@ def official(module, inputs, config, meta):
         both = module(
             inputs["cfg_x"][:half].repeat(2, 1, 1, 1), inputs["cfg_t"], Cond(labels=inputs["cfg_y"])
         )
-        cond, uncond = (
-            both[:half, :3],
-            both[half:, :3],
-        )  # the official code guides three channels, also of latents
-        guided = (uncond + scale * (cond - uncond)).repeat(2, 1, 1, 1)
-        out["forward_with_cfg"] = torch.cat([guided, both[:, 3:]], dim=1)
+        cond, uncond = both.chunk(2)
+        # the official code guides three channels, also of latents; the unconditional half is given them too
+        cfg = guidance.create("cfg", scale=scale, channels=3)
+        first = cfg.apply(cond, {"cond": cond, "uncond": uncond}, Step(0.0, 1.0, 0.0))
+        out["forward_with_cfg"] = torch.cat([first, torch.cat([first[:, :3], uncond[:, 3:]], dim=1)])
     return out
 
 

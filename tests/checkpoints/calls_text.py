@@ -7,11 +7,10 @@ import torch
 
 def t5(module, inputs, config, meta):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    out = module.network(input_ids=ids, attention_mask=mask)
     blocks = module._blocks(ids, mask.bool())
     return {
-        "last_hidden_state": out.last_hidden_state,
-        "last_hidden_state_nomask": module.network(input_ids=ids).last_hidden_state,
+        "last_hidden_state": module.network(ids, mask.bool()),
+        "last_hidden_state_nomask": module.network(ids),
         **{f"hidden_states.{k}": block for k, block in enumerate(blocks)},
     }
 

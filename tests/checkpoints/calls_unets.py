@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-import torch
 from torch.nn import functional as F
 
 from imagen_kit import schedules
+from imagen_kit.cascade import LowRes
 from imagen_kit.conditioning import Cond
 
 
@@ -28,12 +28,10 @@ def if_official(module, inputs, config, meta):
             out["forward_timestep_text_emb"] = module(x, t, Cond(tokens=tokens, pooled=pooled))
         return out
     level = json.loads(meta["args"])["aug_level"]
-    large = F.interpolate(inputs["low_res"], x.shape[-2:], mode="bilinear", align_corners=True)
-    alpha, sigma = schedules.create("cosine", timesteps=1000).alpha_sigma(int(level * 1000))
-    noised = float(alpha) * large + float(sigma) * inputs["aug_noise"]
-    levels = torch.full((len(x),), level)
-    out = module(x, t, Cond(tokens=tokens, low_res=noised, low_res_level=levels))
-    return {"forward": out, "noised_low_res": noised}
+    shown = LowRes(schedules.create("cosine", timesteps=1000), align_corners=True)(
+        inputs["low_res"], x.shape[-1], level, inputs["aug_noise"]
+    )
+    return {"forward": module(x, t, Cond(tokens=tokens, **shown)), "noised_low_res": shown["low_res"]}
 
 
 def if_diffusers(module, inputs, config, meta):

@@ -134,7 +134,7 @@ def test_t5(gated, heads, depth, head, sharded, tmp_path):
     model.save_pretrained(tmp_path / "live", max_shard_size="2KB" if sharded else "1GB")
     ours = checkpoints.load(tmp_path / "live")
     ids = torch.randint(0, 50, (2, 9))
-    close(ours.network(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+    close(ours.network(ids), model(input_ids=ids).last_hidden_state)
     for old in (tmp_path / "live").iterdir():
         old.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -257,7 +258,10 @@ def test_show_recipe_counts_parameters_and_evaluations(command):
 
 def test_show_a_recipe_with_existing_encoder_weights(command, tmp_path):
     encoder = recipe.load("tiny").build_text_encoder()
-    encoder.network.save_pretrained(tmp_path / "t5")
+    settings = encoder.network.settings
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(vars(settings)))
+    save_safetensors(tmp_path / "t5" / "model.safetensors", encoder.network.state_dict())
     code, out, _ = command("show", "tiny", "--set", f"text_encoder={{name: t5, weights: {tmp_path / 't5'}}}")
     assert code == 0
     assert f"{sum(p.numel() for p in encoder.parameters()) / 1e3:.3g} k parameters" in out

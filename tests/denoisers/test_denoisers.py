@@ -109,6 +109,10 @@ CASES = {
         },
     ),
     "pixart-text": ("pixart", {**DIT, "context_dim": 12}),
+    "pixart-compressed-text": (
+        "pixart",
+        {**DIT, "context_dim": 12, "details": {"compress": 2, "compressed": [1]}},
+    ),
     "pixart-sizes": ("pixart", {**DIT, "width": 48, "context_dim": 12, "sizes": True, "null_tokens": 4}),
     "uvit-labels": (
         "uvit",
@@ -123,7 +127,7 @@ CASES = {
 SIZES = {f"dit_{size}_{patch}" for size in ("s", "b", "l", "xl") for patch in (2, 4, 8)}
 # tests/denoisers/test_adm.py counts these.
 SIZES |= {"adm_64", "adm_128", "adm_256", "adm_512", "adm_64_to_256", "adm_128_to_512", "ddpm_32", "ddpm_256"}
-SIZES |= {"if_i_m", "if_i_l", "if_i_xl", "if_ii_l", "sd15_unet", "sd21_unet", "sdxl_unet"}
+SIZES |= {"if_i_m", "if_i_l", "if_i_xl", "if_ii_l", "sd15_unet", "sd21_unet", "sdxl_unet", "sd_x4_unet"}
 # tests/denoisers/test_efficient_unet.py counts these.
 SIZES |= {"imagen_64", "imagen_64_to_256", "imagen_256_to_1024"}
 # tests/denoisers/test_mmdit.py counts these.
@@ -133,11 +137,13 @@ SIZES |= {"flux_dev", "flux_schnell"}
 # tests/denoisers/test_edm2.py counts these.
 SIZES |= {f"edm2_{size}" for size in ("xs", "s", "m", "l", "xl", "xxl")}
 # tests/denoisers/test_pixart.py counts these.
-SIZES |= {"pixart_xl_2", "pixart_xl_2_1024", "pixart_xl_2_sigma"}
+SIZES |= {"pixart_xl_2", "pixart_xl_2_1024", "pixart_xl_2_sigma", "pixart_xl_2_sigma_2k"}
 # tests/denoisers/test_uvit.py counts these.
 SIZES |= {"uvit_s", "uvit_s_deep", "uvit_m", "uvit_l", "uvit_h"}
 # Closed formulas without weights; tests/denoisers/test_analytic.py judges them.
 ANALYTIC = {"gaussian", "gaussian_mixture", "finite_data"}
+# Networks that guide; tests/denoisers/test_adm_classifier.py judges and counts them.
+CLASSIFIERS = {"adm_classifier", *(f"adm_classifier_{side}" for side in (64, 128, 256, 512))}
 NO_CONVOLUTION = {"flux-text"}
 ANY_SIDE = {"adm-plain", "adm-text"}  # take pictures of any side; see tests/denoisers/test_adm.py
 
@@ -207,7 +213,7 @@ def difference(a, b):
 
 
 def test_every_denoiser_has_a_case():
-    assert set(denoisers.names()) == {name for name, _ in CASES.values()} | SIZES | ANALYTIC
+    assert set(denoisers.names()) == {name for name, _ in CASES.values()} | SIZES | ANALYTIC | CLASSIFIERS
 
 
 @every

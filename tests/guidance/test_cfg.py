@@ -38,6 +38,7 @@ def test_every_strategy_has_a_file_of_tests_here():
         "cfg",
         "cfg_pp",
         "cfg_zero",
+        "classifier",
         "compose",
         "dynamic_threshold",
         "interval",
@@ -161,3 +162,24 @@ def test_another_scale_for_a_stack():
     assert rescaled_stack((cfg, clip), 5.0) == (guidance.create("cfg", scale=5.0), clip)
     assert rescaled_stack((clip,), 5.0) == (guidance.create("cfg", scale=5.0), clip)
     assert rescaled_stack((limited,), 5.0) == (guidance.create("interval", of=5.0, high=1.0),)
+
+
+def test_guiding_the_first_channels_only():
+    x, cond, uncond = inputs()
+    options = {"cond": cond, "uncond": uncond}
+    plain = denoise_fn(Counter(), FLOW, "eps", cond=cond)(x, 0.4)
+    whole = denoise_fn(Counter(), FLOW, "eps", guidance=guidance.create("cfg", scale=3.0), **options)(x, 0.4)
+    two = guidance.create("cfg", scale=3.0, channels=2)
+    found = denoise_fn(Counter(), FLOW, "eps", guidance=two, **options)(x, 0.4)
+    assert torch.equal(found[:, :2], whole[:, :2])
+    assert torch.equal(found[:, 2:], plain[:, 2:])
+    assert not torch.allclose(whole[:, 2:], plain[:, 2:])
+    every = guidance.create("cfg", scale=3.0, channels=3)
+    assert torch.equal(denoise_fn(Counter(), FLOW, "eps", guidance=every, **options)(x, 0.4), whole)
+    assert two.with_scale(5.0).channels == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("channels", [0, -1, 2.0, True, "3"])
+def test_wrong_channels_are_refused(channels):
+    with pytest.raises(KitError, match="cfg channels must be a whole number"):
+        guidance.create("cfg", channels=channels)

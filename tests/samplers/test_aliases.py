@@ -152,6 +152,12 @@ def test_other_configs() -> None:
         ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
         ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
         ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "zero"}),
+        ("UniPCMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+        ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+        ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
     ],
 )
 def test_an_alias_samples_as_the_scheduler_does(scheduler: str, config: dict[str, Any]) -> None:

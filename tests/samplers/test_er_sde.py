@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 from torch import Tensor
 
 from imagen_kit import samplers, schedules
@@ -87,10 +88,10 @@ def test_three_steps_by_the_published_formula(scale: str) -> None:
         y = keep * y + (1 - keep) * history[0][1]
         slopes = [(a[1] - b[1]) / (a[0] - b[0]) for a, b in itertools.pairwise(history)]
         if slopes:
-            y = y + (then - r + phi(scale, then) * np.trapezoid(inverse, levels)) * slopes[0]
+            y = y + (then - r + phi(scale, then) * trapezoid(inverse, levels)) * slopes[0]
         if len(slopes) > 1:
             bend = (slopes[0] - slopes[1]) / ((history[0][0] - history[2][0]) / 2)
-            weighed = np.trapezoid((levels - r) * inverse, levels)
+            weighed = trapezoid((levels - r) * inverse, levels)
             y = y + ((then - r) ** 2 / 2 + phi(scale, then) * weighed) * bend
         x = (1 - times[i + 1]) * (y + math.sqrt(then**2 - r**2 * keep**2) * noise)
     # The trapezoids' error: 1e-10 of the integrals.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from imagen_kit import samplers, schedules
 from imagen_kit.errors import KitError
-from imagen_kit.samplers.graphs import graphed
+from imagen_kit.samplers.graphs import Recorded, graphed
 
 SCHEDULE = schedules.create("scaled_linear")
 
@@ -26,6 +29,62 @@ def test_on_the_cpu_the_tableau_is_simply_run() -> None:
         KitError, match=r"made for x of \(2, 3, 4, 4\) torch\.float32 on cpu, not \(1, 3, 4, 4\)"
     ):
         made(x[:1])
+
+
+class Again:
+    """A recorder for the CPU: runs the function again, into the same result."""
+
+    def __init__(self, device: torch.device):
+        self.replays = 0
+
+    def record(self, function: Callable[[], Tensor]) -> Tensor:
+        self.function, self.result = function, function()
+        return self.result
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.result.copy_(self.function())
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_3m_sde"])
+@torch.no_grad()
+def test_noise_is_drawn_before_a_replay_in_the_order_of_the_run(name: str) -> None:
+    sampler, x = samplers.create(name), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    tableau, recorders = sampler.tableau(SCHEDULE, 5), []
+
+    def recorder(device: torch.device) -> Again:
+        recorders.append(Again(device))
+        return recorders[-1]
+
+    def drawing(seed: int) -> Callable[[], Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        return lambda: torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=source)
+
+    made = graphed(lambda x, t: x * 0.5, tableau, x, noise=drawing(1), graph=recorder)
+    source = drawing(1)
+    for start in (x, 2 * x):  # the second goes on where the first ended, as plain runs do
+        expected = sampler.sample(lambda x, t: x * 0.5, start, SCHEDULE, 5, noise=source)
+        assert torch.equal(made(start), expected)
+    (only,) = recorders
+    assert only.replays == 2
+
+
+def test_a_recorded_function_answers_in_a_tensor_of_its_own() -> None:
+    made = Recorded(lambda a, b: a + 2 * b, [torch.zeros(2), torch.zeros(2)], Again(torch.device("cpu")))
+    first = made(torch.ones(2), torch.ones(2))
+    second = made(torch.ones(2), torch.zeros(2))
+    assert (first.tolist(), second.tolist()) == ([3.0, 3.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="shorter"):
+        made(torch.ones(2))
+
+
+def test_noise_comes_from_one_source() -> None:
+    x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(KitError, match="give either noise or a generator, not both"):
+        graphed(
+            *(lambda x, t: x, samplers.create("ddpm").tableau(SCHEDULE, 4), x, torch.Generator()),
+            noise=lambda: x,
+        )
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -56,5 +115,11 @@ def test_every_replay_draws_new_noise() -> None:
     generator = torch.Generator("cuda").manual_seed(3)
     made = graphed(lambda x, t: x * 0.5, samplers.create("ddpm").tableau(SCHEDULE, 4), x, generator)
     assert not torch.equal(made(x), made(x))
+    sources = [torch.Generator().manual_seed(5) for _ in range(2)]  # of the host, as pipelines draw
+    drawn = [lambda source=source: torch.randn(1, 4, 8, 8, generator=source).cuda() for source in sources]
+    denoise, sampler = lambda x, t: x * 0.5, samplers.create("ddpm")
+    made = graphed(denoise, sampler.tableau(SCHEDULE, 4), x, noise=drawn[0])
+    expected = sampler.sample(denoise, x, SCHEDULE, 4, noise=drawn[1])
+    torch.testing.assert_close(made(x), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(KitError, match="give generators of the device 'cuda'"):
         graphed(lambda x, t: x, samplers.create("ddpm").tableau(SCHEDULE, 4), x, torch.Generator())

@@ -67,6 +67,19 @@ def published_keys() -> Callable[[str], tuple[dict[str, tuple[int, ...]], set[st
     return load
 
 
+@pytest.fixture(scope="session")
+def saved() -> Callable[[Any, Path], Path]:
+    """Write a T5 network as a Hugging Face folder."""
+
+    def save(network: Any, path: Path) -> Path:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(vars(network.settings)))
+        save_file(network.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return save
+
+
 def token_lists(ids: Tensor, lengths: Tensor | list[int]) -> list[list[int]]:
     """Unpadded token ids of a padded batch."""
     return [row[: int(n)].tolist() for row, n in zip(ids, lengths, strict=True)]

@@ -55,13 +55,47 @@ def test_a_hub_id_reaches_transformers_with_its_subfolder(monkeypatch, tmp_path)
         assert torch.equal(loaded.network.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("subfolder", ["", "text_encoder_3"])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_t5_from_a_hub_is_asked_for_only_what_it_needs(monkeypatch, tmp_path, saved, subfolder, ending):
+    """The hub is played by a folder; pickles are asked for only where there are no safetensors."""
+    import huggingface_hub
+
+    network = text_encoders.create("t5", size="tiny").network
+    folder = saved(network, tmp_path / subfolder)
+    if ending == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    asked = []
+
+    def file(location, name, subfolder=None):
+        asked.append((location, name, subfolder))
+        return str(tmp_path / (subfolder or "") / name)
+
+    def snapshot(location, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns[0])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    spec = "/".join(filter(None, ("owner/name", subfolder)))
+    loaded = text_encoders.create("t5", weights=spec, tokenizer="bytes")
+    start = f"{subfolder}/" if subfolder else ""
+    wanted = [("owner/name", "config.json", subfolder or None), f"{start}*.safetensors"]
+    assert asked == wanted + [f"{start}*.bin"] * (ending == "bin")
+    for key, value in network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[key], value)
+
+
 def test_an_unreachable_hub_is_one_plain_line(monkeypatch):
+    import huggingface_hub
     import transformers as hf
 
     def fail(*args, **options):
         raise OSError("We couldn't connect\n  to the hub\n")
 
     monkeypatch.setattr(hf.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     for name in ("t5", "clip"):
         with pytest.raises(KitError) as caught:
             text_encoders.create(name, weights="owner/name")

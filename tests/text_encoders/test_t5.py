@@ -79,9 +79,7 @@ def test_embedding_under_any_published_name(reference, tmp_path, stored):
         {**weights, **{name: table.clone() for name in names}}, folder / "model.safetensors", {"format": "pt"}
     )
     encoder = T5TextEncoder(folder, tokenizer="bytes")
-    torch.testing.assert_close(
-        encoder.network.get_input_embeddings().weight, nn.Parameter(table), atol=0, rtol=0
-    )
+    assert torch.equal(encoder.network.shared.weight, table)
 
 
 @pytest.mark.parity
@@ -111,17 +109,17 @@ def test_folder_of_a_whole_model_equals_live_transformers(tmp_path, kind):
     torch.testing.assert_close(got.tokens, expected, atol=ROUNDING, rtol=0)
 
 
-def test_folder_in_the_package_loads_and_equals_the_saved_network(monkeypatch, tmp_path, tiny):
+def test_folder_in_the_package_loads_and_equals_the_saved_network(monkeypatch, tmp_path, tiny, saved):
     from imagen_kit import weights_path
 
-    tiny.network.save_pretrained(tmp_path / "weights" / "pocket" / "t5")
+    saved(tiny.network, tmp_path / "weights" / "pocket" / "t5")
     monkeypatch.setattr(weights_path, "__file__", str(tmp_path / "weights_path.py"))
     encoder = text_encoders.create("t5", weights="package:pocket/t5", max_length=160)
     assert torch.equal(encoder(PROMPTS).tokens, tiny(PROMPTS).tokens)
 
 
-def test_half_precision_file_is_read_into_float32(tmp_path, tiny):
-    tiny.network.save_pretrained(tmp_path)
+def test_half_precision_file_is_read_into_float32(tmp_path, tiny, saved):
+    saved(tiny.network, tmp_path)
     halves = {key: value.bfloat16() for key, value in load_file(tmp_path / "model.safetensors").items()}
     save_file(halves, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
@@ -220,7 +218,7 @@ def test_dict_sizes_fold_bytes_into_a_small_vocabulary():
         "vocab_size": 50,
     }
     encoder = T5TextEncoder(size=size)
-    assert type(encoder.network).__name__ == "UMT5EncoderModel"
+    assert encoder.network.encoder.block[0].layer[0].SelfAttention.relative_attention_bias is not None
     assert encoder(PROMPTS).tokens.shape[2] == encoder.dim == 16
 
 
@@ -230,7 +228,6 @@ def test_xxl_is_the_published_network(published_keys):
     with torch.device("meta"):
         encoder = T5TextEncoder(size="xxl", dtype="fp32")
     shapes = {key: tuple(value.shape) for key, value in encoder.network.state_dict().items()}
-    shapes.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     assert shapes == keys
     assert encoder.dim == 4096
 
@@ -252,7 +249,7 @@ def test_not_finite_embeddings_are_an_error_that_names_the_block():
     with pytest.raises(KitError, match=r"'t5' in float32 gives values that are not finite from block 2 on"):
         encoder(["ring"])
     with torch.no_grad():
-        encoder.network.get_input_embeddings().weight[ord("r") + 3] = torch.nan
+        encoder.network.shared.weight[ord("r") + 3] = torch.nan
     with pytest.raises(KitError, match="in the embeddings"):
         encoder(["ring"])
 
@@ -279,10 +276,9 @@ def test_bad_options_are_one_plain_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_folders_are_one_plain_line(tmp_path, tiny):
+def test_damaged_folders_are_one_plain_line(tmp_path, tiny, saved):
     def folder(name):
-        tiny.network.save_pretrained(tmp_path / name)
-        return tmp_path / name
+        return saved(tiny.network, tmp_path / name)
 
     cut = folder("cut")
     data = (cut / "model.safetensors").read_bytes()
@@ -329,11 +325,11 @@ def test_damaged_folders_are_one_plain_line(tmp_path, tiny):
         T5TextEncoder(folder("sized"), size="small")
 
 
-def test_a_vocabulary_that_is_not_bytes_needs_a_tokenizer(tmp_path):
+def test_a_vocabulary_that_is_not_bytes_needs_a_tokenizer(tmp_path, saved):
     encoder = T5TextEncoder(
         size={"d_model": 16, "d_ff": 32, "num_heads": 2, "num_layers": 1, "vocab_size": 1000}
     )
-    encoder.network.save_pretrained(tmp_path)
+    saved(encoder.network, tmp_path)
     with pytest.raises(KitError, match=r"come without a tokenizer .* option 'tokenizer'"):
         T5TextEncoder(tmp_path)
     assert T5TextEncoder(tmp_path, tokenizer="bytes")(["ring"]).tokens.shape == (1, 5, 16)

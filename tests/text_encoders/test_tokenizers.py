@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 
 from imagen_kit.errors import KitError
-from imagen_kit.text_encoders.tokenizers import BpeTokenizer, ByteTokenizer, PretrainedTokenizer
+from imagen_kit.text_encoders.tokenizers import (
+    BpeTokenizer,
+    ByteTokenizer,
+    LowercaseTokenizer,
+    PretrainedTokenizer,
+)
 
 PROMPTS = ["a red star", "灰色背景上，一个大红色星形", "", "naïve 🙂 text\n with  spaces", "x" * 60]
 
@@ -47,3 +52,10 @@ def test_bpe_folds_into_a_small_vocabulary():
     assert BpeTokenizer(99, pad_id=None).pad_id == 98
     with pytest.raises(KitError, match="at least 3 entries"):
         BpeTokenizer(2)
+
+
+def test_lower_case_without_blanks_at_the_ends():
+    inner = ByteTokenizer()
+    lowered = LowercaseTokenizer(inner)
+    assert lowered([" A Red STAR\n", "a red star"], 64) == inner(["a red star"] * 2, 64)
+    assert lowered.pad_id == inner.pad_id

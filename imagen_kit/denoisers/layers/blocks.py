@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.context import Context, TextReader
 from imagen_kit.denoisers.layers.embeddings import PictureCoordinates
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 from imagen_kit.errors import KitError, unknown
@@ -163,7 +164,7 @@ class Grow(nn.Conv2d):
         return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(TextReader):
     """Attention over the picture's cells whose keys and values are joined by those of the text, then an MLP.
 
     Imagen's base and 64→256 models: K = [text, cells], V likewise, in one softmax. Without places and MLP it is
@@ -202,6 +203,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels if cells else channels)
         self.context_norm = context_norm
         self.context = None if context_dim is None else nn.Linear(context_dim, 2 * channels)
+        self.reads_text = context_dim is not None
         self.out = zeroed(nn.Linear(channels, channels))
         self.mlp = None
         if expansion:
@@ -213,8 +215,8 @@ class AttentionBlock(nn.Module):
                 zeroed(nn.Linear(hidden, channels)),
             )
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(b, c, h, w), text (b, n, d), mask (b, n) bool → (b, c, h, w)."""
+    def forward(self, x: Tensor, context: Context = None, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w), text (b, n, d) or its keys and values, mask (b, n) bool → (b, c, h, w)."""
         h, w = x.shape[-2:]
         cells = to_cells(x)
         normed = to_cells(self.norm(x))
@@ -227,16 +229,22 @@ class AttentionBlock(nn.Module):
             cells = cells + self.mlp(cells)
         return to_picture(cells, h, w)
 
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Of text (b, n, d): two of (b, a, n, d)."""
+        assert self.context is not None
+        if self.context_norm is not None:
+            text = self.context_norm(text.transpose(1, 2)).transpose(1, 2)
+        k, v = split_heads(self.context(text), 2, self.head_dim)
+        return k, v
+
     def _keys(
-        self, own: list[Tensor], context: Tensor | None, mask: Tensor | None
+        self, own: list[Tensor], context: Context, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (b, a, n + h·w, d) of the text and then of the cells, mask (b, n + h·w)."""
         if self.context is None or context is None:
             k, v = own
             return k, v, None
-        if self.context_norm is not None:
-            context = self.context_norm(context.transpose(1, 2)).transpose(1, 2)
-        tk, tv = split_heads(self.context(context), 2, self.head_dim)
+        tk, tv = context if isinstance(context, tuple) else self.keys_values(context)
         if not own:
             return tk, tv, mask
         k, v = own

@@ -52,16 +52,7 @@ class Inputs:
             raise KitError(f"times of shape {tuple(t.shape)}: give one for each of the {len(x)} pictures")
         if self.num_classes is not None and cond.labels is None:
             raise KitError(f"this {kind} was built with num_classes: give it labels in cond")
-        if self.context_dim is not None:
-            if cond.tokens is None:
-                raise KitError(f"this {kind} was built with context_dim: give it text tokens in cond")
-            if cond.tokens.shape[-1] != self.context_dim:
-                raise KitError(
-                    f"text tokens of width {cond.tokens.shape[-1]}: "
-                    f"this {kind} was built with context_dim {self.context_dim}"
-                )
-            if self.pooled_dim is not None and cond.pooled is None:
-                raise KitError(f"this {kind} was built with pooled_dim: give it the pooled text in cond")
+        self.check_text(cond)
         if self.low_res_channels:
             if cond.low_res is None or (self.low_res_noised and cond.low_res_level is None):
                 needed = "low_res and low_res_level" if self.low_res_noised else "low_res"
@@ -75,6 +66,20 @@ class Inputs:
             raise KitError(
                 f"this {kind} is told sizes: give it (b, {self.size_numbers}) numbers in cond.size"
             )
+
+    def check_text(self, cond: Cond) -> None:
+        """KitError in one line where the text does not fit."""
+        kind = self.kind
+        if self.context_dim is not None:
+            if cond.tokens is None:
+                raise KitError(f"this {kind} was built with context_dim: give it text tokens in cond")
+            if cond.tokens.shape[-1] != self.context_dim:
+                raise KitError(
+                    f"text tokens of width {cond.tokens.shape[-1]}: "
+                    f"this {kind} was built with context_dim {self.context_dim}"
+                )
+            if self.pooled_dim is not None and cond.pooled is None:
+                raise KitError(f"this {kind} was built with pooled_dim: give it the pooled text in cond")
 
     def picture(self, x: Tensor, cond: Cond) -> Tensor:
         """x joined with the low-resolution picture, (b, in + low_res, h, w)."""

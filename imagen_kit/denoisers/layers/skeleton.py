@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imagen_kit.denoisers.layers.blocks import OWN, RESAMPLES, Grow, ResBlock, Shrink, Style, zeroed
+from imagen_kit.denoisers.layers.context import Context, number, share
+from imagen_kit.denoisers.layers.inner import inner, place
 from imagen_kit.errors import KitError, unknown
 
 S = TypeVar("S")
+Rung = tuple[nn.Module, nn.Module, nn.Module | None]
 KINDS = ("plain", "transformer")
 RUNTIME = {"checkpointing": False, "channels_last": False}
 
@@ -113,8 +117,8 @@ class Unit(nn.Module):
         super().__init__()
         self.res, self.attention, self.after = res, attention, after
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(b, c, h, w), embedding (b, e), text (b, n, d), mask (b, n) bool → (b, out, h, w)."""
+    def forward(self, x: Tensor, emb: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """(b, c, h, w), embedding (b, e), the block's share of the text, mask (b, n) bool → (b, out, h, w)."""
         x = self.res(x, emb)
         if self.attention is not None:
             x = self.attention(x, context, mask)
@@ -208,28 +212,74 @@ class Skeleton(nn.Module):
         narrowing = (level.resample or self.style.resample) == "narrowing"
         return finer.channels if narrowing else level.channels
 
+    def number_units(self, first: int) -> None:
+        """Find every unit's place in a text memory of which the network keeps the ``first`` tensors itself."""
+        number((part for part in self.modules() if isinstance(part, Unit)), first)
+
     def _apply_block(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
         return block(*inputs)
 
-    def run(self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(b, in, h, w), activated embedding (b, e), text (b, n, d), mask (b, n) bool → (b, out, h, w)."""
+    @property
+    def shares(self) -> list[float]:
+        """By place, the share of units that lies inside it; see ``layers.inner``."""
+        outside = [sum(isinstance(part, Unit) for part in rung) for rung in self._rungs()]
+        total = sum(outside) + 1
+        return [1 - sum(outside[: k + 1]) / total for k in range(len(outside))]
+
+    def _rungs(self) -> list[Rung]:
+        """From the outermost: what fills each skip connection, what reads it, what grows the picture after that."""
+        down = [
+            part
+            for i, units in enumerate(self.down)
+            for part in (self.shrink[i - 1] if i else self.stem, *units)  # type: ignore[misc]
+        ]
+        up: list[tuple[nn.Module, nn.Module | None]] = []
+        for i, units in enumerate(self.up):
+            *first, last = units  # type: ignore[misc]
+            up += [*((unit, None) for unit in first), (last, self.grow[i] if i < len(self.grow) else None)]
+        return [(part, *ends) for part, ends in zip(down, reversed(up), strict=True)]
+
+    def run(self, x: Tensor, emb: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """(b, in, h, w), activated embedding (b, e), text (b, n, d), mask (b, n) bool → (b, out, h, w).
+
+        In place of the text there may be the memory of what was made of it, see ``layers.context``.
+        """
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)
-        skips = [x]
-        for i, units in enumerate(self.down):
-            for unit in units:  # type: ignore[attr-defined]
-                x = self._apply_block(unit, x, emb, context, mask)
-                skips.append(x)
-            if i < len(self.shrink):
-                x = self._apply_block(self.shrink[i], x, emb)
-                skips.append(x)
-        x = self._apply_block(self.middle, x, emb, context, mask)
-        for i, units in enumerate(self.up):
-            for unit in units:  # type: ignore[attr-defined]
-                x = self._apply_block(unit, torch.cat([x, skips.pop()], dim=1), emb, context, mask)
-            if i < len(self.grow):
-                x = self._apply_block(self.grow[i], x, emb, skips[-1].shape[-2:])
+        rungs, told = self._rungs(), (emb, context, mask)
+        cut = place(len(rungs))
+        skips: list[Tensor] = []
+        x = self._down(rungs[:cut], skips, x, *told)
+        x = inner(partial(self._inside, rungs[cut:]), x, told)
+        x = self._up(rungs[:cut], skips, x, *told)
         return self.head(self.style.activate(self.norm_out(x)))
+
+    def _inside(self, rungs: list[Rung], x: Tensor, *told: Any) -> Tensor:
+        """What the innermost of the outer skip connections (b, c, h, w) is joined with on the way up."""
+        skips = [x]
+        x = self._down(rungs, skips, x, *told)
+        x = self._unit(self.middle, x, *told)
+        return self._up(rungs, skips, x, *told)
+
+    def _down(self, rungs: list[Rung], skips: list[Tensor], x: Tensor, *told: Any) -> Tensor:
+        """Fill skip connections from the outermost on; the last of them."""
+        for part, _, _ in rungs:
+            if isinstance(part, Unit):
+                x = self._unit(part, x, *told)
+            else:
+                x = self.stem(x) if part is self.stem else self._apply_block(part, x, told[0])
+            skips.append(x)
+        return x
+
+    def _up(self, rungs: list[Rung], skips: list[Tensor], x: Tensor, *told: Any) -> Tensor:
+        """Read skip connections, the innermost first."""
+        for _, unit, grow in reversed(rungs):
+            x = self._unit(unit, torch.cat([x, skips.pop()], dim=1), *told)
+            if grow is not None:
+                x = self._apply_block(grow, x, told[0], skips[-1].shape[-2:])
+        return x
+
+    def _unit(self, unit: nn.Module, x: Tensor, emb: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        return self._apply_block(unit, x, emb, share(context, unit), mask)

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from imagen_kit.attention import attention
 from imagen_kit.denoisers.layers.blocks import zeroed
+from imagen_kit.denoisers.layers.context import Context, TextReader, number, share
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 
 
-class HeadedAttention(nn.Module):
+class HeadedAttention(TextReader):
     """Multi-head attention with separate projections, biases on the last alone."""
 
     is_self_attention: bool = False  # read by guidance that changes layers
@@ -26,10 +27,15 @@ class HeadedAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries (b, m, d), keys (b, n, context_dim), mask (b, n) bool → (b, m, d)."""
-        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (split_heads(part, 1, self.head_dim)[0] for part in projected)
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, n, context_dim) → two of (b, a, n, d/a)."""
+        k, v = (split_heads(part, 1, self.head_dim)[0] for part in (self.to_k(text), self.to_v(text)))
+        return k, v
+
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
+        """Queries (b, m, d), keys (b, n, context_dim) or keys and values, mask (b, n) bool → (b, m, d)."""
+        (q,) = split_heads(self.to_q(x), 1, self.head_dim)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.to_out(join_heads(attention(q, k, v, mask)))
 
 
@@ -64,17 +70,20 @@ class TransformerBlock(nn.Module):
         self.cells = cells
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = HeadedAttention(dim, dim if cells else context_dim, heads)
-        self.attn1.is_self_attention = cells
+        self.attn1.is_self_attention, self.attn1.reads_text = cells, not cells
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = HeadedAttention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
         self.ff = GatedMlp(dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """Cells (b, m, d), text (b, n, context_dim), mask (b, n) bool → (b, m, d)."""
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """Cells (b, m, d), text (b, n, context_dim) or its keys and values, mask (b, n) bool → (b, m, d)."""
+        first = last = context
+        if isinstance(context, tuple):  # of attn1, where it reads text, then of attn2
+            first, last = context[:2], context[-2:]
         normed = self.norm1(x)
-        x = x + (self.attn1(normed, normed) if self.cells else self.attn1(normed, context, mask))
-        x = x + self.attn2(self.norm2(x), context, mask)
+        x = x + (self.attn1(normed, normed) if self.cells else self.attn1(normed, first, mask))
+        x = x + self.attn2(self.norm2(x), last, mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -104,10 +113,11 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, context_dim, heads, cells) for _ in range(depth)
         )
         self.proj_out = zeroed(nn.Linear(channels, channels))
+        number(self.transformer_blocks)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, c, h, w), text (b, n, context_dim), mask (b, n) bool → (b, c, h, w)."""
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w), text (b, n, context_dim) or its keys and values, mask (b, n) bool → (b, c, h, w)."""
         cells = self.proj_in(to_cells(self.norm(x)))
         for block in self.transformer_blocks:
-            cells = block(cells, context, mask)
+            cells = block(cells, share(context, block), mask)
         return x + to_picture(self.proj_out(cells), *x.shape[-2:])

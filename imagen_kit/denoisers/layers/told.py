@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from imagen_kit.conditioning import Cond
+from imagen_kit.denoisers.layers.context import Context, remember
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
 from imagen_kit.denoisers.layers.text import TextAdapter
 
@@ -50,11 +51,25 @@ class Told(nn.Module):
         self.labels = None if num_classes is None else nn.Embedding(num_classes + 1, dim)
         self.low_res_level = TimestepEmbedder(dim, scale=1000.0) if low_res_noised else None
 
-    def forward(self, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
-        """Native times (b,) → embedding (b, e), not yet activated; text (b, n, text_dim), None without text."""
-        emb, context = self.time(t), None
+    def prepare(self, network: nn.Module, cond: Cond) -> Cond:
+        """``cond`` with a memory for the network: the text adapted and pooled, and all keys and values of it."""
+        if self.text is None:
+            return cond
+        text, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+        return remember(network, cond, text, vector)
+
+    def forward(self, t: Tensor, cond: Cond) -> tuple[Tensor, Context]:
+        """Native times (b,) → embedding (b, e), not yet activated; text (b, n, text_dim), None without text.
+
+        Where ``cond`` has a memory, that takes the place of the text.
+        """
+        emb = self.time(t)
+        context: Context = cond.memory
         if self.text is not None and cond.tokens is not None:
-            context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            if cond.memory is None:
+                context, vector = self.text(cond.tokens, cond.mask, cond.pooled)
+            else:
+                vector = cond.memory[0]
             emb = emb + vector
         if self.labels is not None and cond.labels is not None:
             emb = emb + self.labels(cond.labels)

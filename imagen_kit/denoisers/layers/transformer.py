@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
-from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells
+from imagen_kit.denoisers.layers.context import Context, TextReader
+from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 
 
 def sincos_positions(
@@ -71,21 +72,57 @@ class SelfAttention(nn.Module):
         return self.proj(join_heads(attention(q, k, v)))
 
 
-class CrossAttention(nn.Module):
+class CompressedAttention(nn.Module):
+    """Self-attention whose keys and values are those of a coarser grid (PixArt-Σ, Chen et al. 2024, §3.3).
+
+    k and v pass a convolution of each channel by itself, ``ratio`` × ``ratio`` cells to one, and a layer norm. The
+    convolution starts as the mean.
+
+    Args:
+        dim: width of a token.
+        heads: number of heads.
+        ratio: cells of a side that become one.
+    """
+
+    is_self_attention = False  # its values stand on another grid than its queries
+
+    def __init__(self, dim: int, heads: int, ratio: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.sr = nn.Conv2d(dim, dim, ratio, stride=ratio, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.constant_(self.sr.weight, 1 / ratio**2)
+        nn.init.zeros_(self.sr.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(b, n, d) of a grid of (h, w) cells → (b, n, d)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        k, v = (self.norm(to_cells(self.sr(to_picture(part, *grid)))) for part in (k, v))
+        q, k, v = (split_heads(part, 1, x.shape[-1] // self.heads)[0] for part in (q, k, v))
+        return self.proj(join_heads(attention(q, k, v)))
+
+
+class CrossAttention(TextReader):
     """Multi-head attention from patches to text tokens."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """Patches (b, n, d), text (b, m, d), mask (b, m) bool → (b, n, d)."""
-        head_dim = x.shape[-1] // self.heads
-        (q,) = split_heads(self.q(x), 1, head_dim)
-        k, v = split_heads(self.kv(context), 2, head_dim)
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, m, d) → two of (b, a, m, d/a)."""
+        k, v = split_heads(self.kv(text), 2, self.head_dim)
+        return k, v
+
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """Patches (b, n, d), text (b, m, d) or its keys and values, mask (b, m) bool → (b, n, d)."""
+        (q,) = split_heads(self.q(x), 1, self.head_dim)
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.proj(join_heads(attention(q, k, v, mask)))
 
 

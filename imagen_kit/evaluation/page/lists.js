@@ -1,7 +1,7 @@
 // The table that sorts, the thumbnails, and where the numbers come from.
 
 const SHORT = {
-  nfe: "evaluations", evaluations_per_picture: "passes a picture", seconds_per_picture: "s a picture",
+  nfe: "evaluations", work: "work in evaluations", evaluations_per_picture: "passes a picture", seconds_per_picture: "s a picture",
   memory: "peak memory",
 };
 
@@ -9,7 +9,8 @@ function columns() {
   const scale = scales.length > 1 ? [["guidance", "guidance"]] : [];
   const asked = Object.keys(costs).filter((key) => key !== "evaluations_per_picture" ||
     points.some((p) => p[key] !== p.nfe));
-  return [["sampler", "sampler"], ["steps", "steps"], ...scale, ...asked.map((key) => [key, SHORT[key] || key]),
+  const saved = paid === "work" ? [["saved", "blocks saved"]] : [];
+  return [["sampler", "sampler"], ["steps", "steps"], ...scale, ...asked.map((key) => [key, SHORT[key] || key]), ...saved,
     ...qualities.map((q) => [q.key, q.label.replace(/ \((judge|.*@.*)\)$/, "")])];
 }
 

@@ -22,7 +22,7 @@ function answer() {
   }
   const shown = visible().filter((p) => p[state.q] != null);
   const good = shown.filter((p) => (lower ? p[state.q] <= bound : p[state.q] >= bound));
-  good.sort((a, b) => a.nfe - b.nfe || (lower ? 1 : -1) * (a[state.q] - b[state.q]));
+  good.sort((a, b) => a[paid] - b[paid] || (lower ? 1 : -1) * (a[state.q] - b[state.q]));
   const start = `For ${wanted.label} ${lower ? "≤" : "≥"} ${write(state.q, bound)} `;
   if (!good.length) {
     const values = shown.map((p) => p[state.q]);
@@ -33,10 +33,12 @@ function answer() {
   const best = good[0];
   const next = good.find((p) => p.sampler !== best.sampler);
   byId("answer").dataset.key = keyOf(best);
-  byId("answer").textContent = `${start}the cheapest is ${name(best)}: ${write("nfe", best.nfe)} evaluations, ` +
+  const work = (p) => `${write("nfe", p.nfe)} evaluations` +
+    (paid === "work" && p.work !== p.nfe ? ` with the work of ${write("work", p.work)}` : "");
+  byId("answer").textContent = `${start}the cheapest is ${name(best)}: ${work(best)}, ` +
     `${write("seconds_per_picture", best.seconds_per_picture)} s a picture ` +
     `(${state.q} ${write(state.q, best[state.q])})` +
-    (next ? `; then ${name(next)}, ${write("nfe", next.nfe)} evaluations.` : ".");
+    (next ? `; then ${name(next)}, ${work(next)}.` : ".");
 }
 
 function drawFacts() {

@@ -7,9 +7,10 @@ const samplers = Object.keys(results.samplers).filter((label) => points.some((p)
 const scales = [...new Set(points.map((p) => p.guidance))];
 const scaleName = (scale) => (scale === null ? "own" : String(scale));
 const first = results.answers[0];
+const paid = "work" in costs ? "work" : "nfe"; // what the cheapest is cheapest in
 
 const defaults = {
-  x: "nfe",
+  x: paid,
   y: qualities.length ? qualities[0].key : "",
   lx: "1",
   ly: "",
@@ -45,7 +46,7 @@ function change(values) {
   render();
 }
 
-const SHARES = new Set(["accuracy", "precision", "recall"]);
+const SHARES = new Set(["accuracy", "precision", "recall", "saved"]);
 
 function write(key, value) {
   if (value == null) return "–";

@@ -1,0 +1,97 @@
+"""What ``auto`` stands for: a rule from measurement, so that it is never slower than float32.
+
+On a GPU: bfloat16 from compute capability 8.0, float16 from 7.0, and channels last with it where a network
+convolves; float32 as the network was made on others.
+
+On a CPU that multiplies bfloat16 itself (avx512_bf16 or amx; emulated it is several times slower): bfloat16 where an
+evaluation of one picture is at least 1 GFLOP. Below that the conversions around its products cost what they save.
+Networks of that size that convolve are put into channels last, in float32 too; smaller ones stay as they were made.
+
+Measured on an EPYC with avx512_bf16, one thread, torch 2.15, the float32 contiguous time over that of the choice, for
+one picture and two (``imagen-kit bench --suite cpu`` measures them again; two threads give the same signs):
+
+    network, side           GFLOP a picture   float32 last   bfloat16    bfloat16 last
+    U-Net 32-64, 16 px      0.12              1.07  1.03     0.81  0.96  0.81  0.88
+    U-Net 64-128, 16 px     0.46              1.01  0.94     1.07  1.17  1.02  1.05
+    U-Net 64-128, 32 px     1.9               0.97  1.04     1.31  1.42  1.28  1.45
+    U-Net 32-64, 64 px      2.9               1.07  1.22     1.14  1.31  1.29  1.60
+    U-Net 128-256, 32 px    7.5               0.96  1.11     1.60  1.74  1.58  1.71
+    DiT 128×6, 16 px        0.17                             0.94  1.04
+    DiT 128×6, 32 px        0.81                             1.12  1.18
+    DiT 192×6, 32 px        1.7                              1.28  1.35
+
+Compiling is left to those who ask for it: it wins a factor of 1.1 to 1.6 more there but takes 10 to 40 s.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from imagen_kit.performance.layout import convolves
+from imagen_kit.performance.options import Performance
+
+#: Floating-point operations of an evaluation of one picture from which on bfloat16 is faster on such a CPU.
+LEAST_FLOPS = 1e9
+ASSUMED_PLACES = 256  # at which a weight is used, where the operations are not known: a grid of 16 × 16
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def choose(
+    module: nn.Module, performance: Performance, device: torch.device | str, flops: float | None = None
+) -> Performance:
+    """``performance`` with ``auto`` resolved; ``memory_format`` left open goes with ``dtype: auto``.
+
+    Args:
+        module: the network.
+        performance: the choices.
+        device: where it is to run.
+        flops: of its evaluation of one picture, a multiply-add being two; estimated from its weights if None.
+    """
+    device = torch.device(device)
+    dtype, memory_format = performance.dtype, performance.memory_format
+    if flops is None:
+        flops = 2.0 * ASSUMED_PLACES * sum(p.numel() for p in module.parameters())
+    if dtype == "auto":
+        dtype = _dtype(device, flops)
+        memory_format = memory_format or "auto"
+    if memory_format == "auto":
+        low = dtype in ("bf16", "fp16")
+        suits = flops >= LEAST_FLOPS if device.type == "cpu" else low and device.type == "cuda"
+        as_made = "channels_last" if getattr(module, "channels_last", False) else "contiguous"
+        memory_format = "channels_last" if suits and convolves(module) else as_made
+    return replace(performance, dtype=dtype, memory_format=memory_format)
+
+
+def _dtype(device: torch.device, flops: float) -> str:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    return "bf16" if device.type == "cpu" and multiplies_bf16() and flops >= LEAST_FLOPS else "fp32"
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products. Told by Linux alone; False elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return platform.machine() in ("x86_64", "AMD64") and bool(BF16_FLAGS & set(flags))
+
+
+def machine(device: torch.device | str) -> str:
+    """The device in words: ``cpu, 2 threads`` or ``cuda, NVIDIA H200``."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        count = torch.get_num_threads()
+        return f"cpu, {count} thread{'s' * (count != 1)}"
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return device.type
