@@ -1,4 +1,4 @@
-"""Bring README.md up to date with the registries and the result files: python docs/update_readme.py"""
+"""Bring README.md and benchmarks/README.md up to date with registries and results: python docs/update_readme.py"""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import io
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import benchmark_pages
 
 from imagen_kit.cli import main
 from imagen_kit.evaluation import summary
@@ -75,18 +78,37 @@ def _machine(found: dict[str, Any]) -> str:
     return f"{facts['device']}, {facts['threads']} thread(s), torch {facts['versions']['torch']}, {facts['date'][:10]}"
 
 
-def run() -> None:
-    file = ROOT / "README.md"
+def write(file: Path, contents: Mapping[str, str]) -> None:
+    """Put each text between the marks of its name."""
     text = file.read_text(encoding="utf-8")
-    for mark, content in (
-        ("list", f"```text\n{listing()}\n```"),
-        ("accuracy", accuracy()),
-        ("comparison", comparison()),
-        ("cost", cost()),
-    ):
+    for mark, content in contents.items():
         pattern = rf"(<!-- {mark}: .*? -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda m, new=content: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
     file.write_text(text, encoding="utf-8")
+
+
+def run() -> None:
+    """Write both pages."""
+    write(
+        ROOT / "README.md",
+        {
+            "list": f"```text\n{listing()}\n```",
+            "accuracy": accuracy(),
+            "comparison": comparison(),
+            "cost": cost(),
+            "throughput": benchmark_pages.throughput(),
+        },
+    )
+    write(
+        ROOT / "benchmarks" / "README.md",
+        {
+            "surroundings": benchmark_pages.surroundings(),
+            "tables": benchmark_pages.tables(),
+            "curves": benchmark_pages.curves(),
+            "paper": benchmark_pages.paper(),
+            "pictures": benchmark_pages.pictures(),
+        },
+    )
 
 
 if __name__ == "__main__":

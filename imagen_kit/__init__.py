@@ -25,6 +25,7 @@ _HOMES = {
     "load": "zoo",
 }
 _MODULES = (
+    "caches",
     "checkpoints",
     "codecs",
     "data",

@@ -52,7 +52,9 @@ class LowRes:
         if self.schedule is not None and not self.schedule.discrete:
             raise KitError("low_res.schedule must be discrete; give it timesteps, e.g. 1000")
 
-    def __call__(self, picture: Tensor, size: int, level: Tensor | float, noise: Tensor) -> Mapping[str, Tensor]:
+    def __call__(
+        self, picture: Tensor, size: int, level: Tensor | float, noise: Tensor
+    ) -> Mapping[str, Tensor]:
         """The fields of ``Cond`` that show a stage the picture before it.
 
         Args:
@@ -79,7 +81,9 @@ class LowRes:
         count = self.schedule.discrete
         steps = (levels.double() * count + 1e-3).floor().clamp(max=count - 1)
         alpha, sigma = (c.to(enlarged).reshape(-1, 1, 1, 1) for c in self.schedule.alpha_sigma(steps))
-        told = {"labels": steps.long()} if self.told == "label" else {"low_res_level": (steps / count).float()}
+        told = (
+            {"labels": steps.long()} if self.told == "label" else {"low_res_level": (steps / count).float()}
+        )
         shown = alpha * enlarged + sigma * noise.to(enlarged.dtype)
         return {"low_res": shown, **{key: value.to(picture.device) for key, value in told.items()}}
 

@@ -237,8 +237,10 @@ class Denoise:
             if t.shape not in ((), x.shape[:1]):
                 raise KitError(f"t has shape {tuple(t.shape)}; give one time, or one per sample: {len(x)}")
             t = t.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
-            return Step(t, *self.schedule.alpha_sigma(t), self.times)
-        return Step(t, *self._levels(t), self.times)
+            alpha, sigma = self.schedule.alpha_sigma(t)
+        else:
+            alpha, sigma = self._levels(t)
+        return Step(t, alpha, sigma, self.times)
 
     def evaluate(
         self, x: Tensor, step: Step, wanted: list[Branch], cond: Conditioning | None

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagen_kit.caches.base import Fixed
 from imagen_kit.conditioning import Cond
 from imagen_kit.samplers.graphs import CudaGraph, Graph, Recorded
 from imagen_kit.samplers.tableau import Callback, Noise
@@ -58,7 +57,8 @@ class Loops:
     """
 
     def __init__(self, graph: Callable[[torch.device], Graph] | None = None):
-        self._graph, self._pool = graph, None
+        self._graph = graph
+        self._pool: Any = None
         self._loops: list[_Loop] = []
         self._told: set[tuple[str, str]] = set()
 
@@ -100,9 +100,13 @@ class Loops:
         if obstacle is not None:
             self._tell(stage, obstacle)
             return plain()
-        loop = self._find(_kind(stage, x, conds))
+        kind = _kind(stage, x, conds)
+        loop = next((loop for loop in self._loops if loop.kind == kind), None)
         if loop is None:
-            return self._first(stage, x, conds, draw, generators, tick, plain)
+            loop = _Loop(kind)
+            latents = self._first(loop, x, draw, generators, tick, plain)
+            self._tell(stage, loop.obstacle)
+            return latents
         if loop.obstacle is None:
             drawn = [draw() for _ in range(loop.draws)]
             inputs = [x, *drawn, *_flat(conds)[1]]
@@ -123,10 +127,10 @@ class Loops:
             return f"CUDA graphs are for CUDA devices, not {x.device.type}"
         if callback is not None:
             return "a callback is told of every step"
+        if stage.cache is not None and not stage.cache.capturable:
+            return "its cache decides on the host"
         if getattr(stage.sampler, "decides", True):
             return f"sampler {stage.sampler.name!r} decides on its steps as it goes"
-        if stage.cache is not None and not isinstance(stage.cache, Fixed):
-            return f"cache {stage.cache.name!r} decides on the pictures as it goes"
         return None
 
     def _tell(self, stage: Stage, obstacle: str | None) -> None:
@@ -135,21 +139,16 @@ class Loops:
             self._told.add((stage.name, obstacle))
             warnings.warn(f"stage {stage.name!r} runs without a graph: {obstacle}", stacklevel=2)
 
-    def _find(self, kind: tuple[Any, ...]) -> _Loop | None:
-        return next((loop for loop in self._loops if loop.kind == kind), None)
-
     def _first(
         self,
-        stage: Stage,
+        loop: _Loop,
         x: Tensor,
-        conds: Mapping[str, Cond],
         draw: Noise,
         generators: list[torch.Generator],
         tick: Callable[[], None],
         plain: Callable[..., Tensor],
     ) -> Tensor:
         """The plain loop, from which the rest is learned."""
-        loop = _Loop(_kind(stage, x, conds))
 
         def drawing() -> Tensor:
             loop.draws += 1
@@ -166,7 +165,6 @@ class Loops:
             loop.obstacle = "its guidance draws noise"
         elif loop.draws * x.numel() * 4 > NOISE_BYTES:
             loop.obstacle = f"its {loop.draws} noises take more than {NOISE_BYTES >> 30} GiB"
-        self._tell(stage, loop.obstacle)
         self._loops = [*self._loops[1 - LOOPS :], loop]
         return latents
 
@@ -177,7 +175,7 @@ class Loops:
         places, draws = _flat(conds)[0], loop.draws
 
         def run(x: Tensor, *rest: Tensor) -> Tensor:
-            made: dict[str, dict[str, Tensor]] = {}
+            made: dict[str, dict[str, Any]] = {}
             for name, field, index in places:
                 made.setdefault(name, {})[field] = rest[draws + index]
             denoise = denoiser(stage, {name: Cond(**parts) for name, parts in made.items()})
@@ -187,22 +185,24 @@ class Loops:
         try:
             loop.recorded = Recorded(run, inputs, self._make(inputs[0].device))
         except RuntimeError as error:
-            return f"it cannot be recorded ({str(error).strip().splitlines()[0]})"
+            said = str(error).strip() or type(error).__name__
+            return f"it cannot be recorded ({said.splitlines()[0]})"
         return None
 
     def _make(self, device: torch.device) -> Graph:
         if self._graph is not None:
             return self._graph(device)
-        if (
-            self._pool is None
-        ):  # loops never run at the same time, and keep nothing from one replay to the next
+        # Loops share memory: none runs while another does, or keeps anything from one replay to the next.
+        if not any(loop.recorded for loop in self._loops):
             self._pool = torch.cuda.graph_pool_handle()
         return CudaGraph(device, self._pool)
 
 
 def _flat(conds: Mapping[str, Cond]) -> tuple[tuple[tuple[str, str, int], ...], list[Tensor]]:
     """(conditioning, field, place of its tensor) of all fields, and the tensors, each once."""
-    places, tensors, known = [], [], {}
+    places: list[tuple[str, str, int]] = []
+    tensors: list[Tensor] = []
+    known: dict[int, int] = {}
     for name, cond in conds.items():
         for field, value in cond.parts().items():
             if id(value) not in known:

@@ -223,9 +223,8 @@ class Pipeline:
             for name, row in rows.items()
         }
         encoders = [self.text_encoder if s.text_encoder is None else s.text_encoder for s in stages]
-        found = {
-            id(encoder): self._embedded(encoder, unique) for encoder in {id(e): e for e in encoders}.values()
-        }
+        different = {id(encoder): encoder for encoder in encoders}
+        found = {key: self._embedded(encoder, unique) for key, encoder in different.items()}
         return [{name: found[id(encoder)][index] for name, index in of.items()} for encoder in encoders]
 
     def _embedded(self, encoder: Any, texts: list[str]) -> Cond:
@@ -251,10 +250,7 @@ class Pipeline:
         tick: Callable[[], None],
         callback: Callback | None,
     ) -> Tensor:
-        """One batch through stages that start from noise of given spread: (b, 3, s, s) in [-1, 1].
-
-        ``told`` holds each stage's conditionings.
-        """
+        """One batch, (b, 3, s, s) in [-1, 1]: stages start from noise of a spread, ``told`` is each one's."""
         picture: Tensor | None = None
         for i, (stage, spread) in enumerate(plan):
             with self.placed(stage):
@@ -287,7 +283,7 @@ class Pipeline:
         here = {name: cond.to(dtype=stage.dtype) for name, cond in told.items()}
         if picture is not None:
             aux = _noise_source(generators, (picture.shape[1], side, side), self.device)()
-            shown = dict(stage.low_res(picture, side, stage.low_res_level, aux))
+            shown: dict[str, Any] = dict(stage.low_res(picture, side, stage.low_res_level, aux))
             shown["low_res"] = shown["low_res"].to(stage.picture_dtype)
             here = {name: replace(cond, **shown) for name, cond in here.items()}
         here = {name: _told(cond, stage.told) for name, cond in here.items()}
@@ -314,7 +310,7 @@ def derive_seed(seed: int, stage: int, purpose: str = "") -> int:
 def _told(cond: Cond, told: Mapping[str, Any]) -> Cond:
     """``cond`` with the stage's numbers, the same for every picture."""
     first = next(value for value in (cond.tokens, cond.labels) if value is not None)
-    rows = {}
+    rows: dict[str, Any] = {}
     for name, value in told.items():
         row = torch.tensor(value, dtype=torch.float32, device=first.device)
         rows[name] = row.expand(len(first), *row.shape)

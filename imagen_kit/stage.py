@@ -59,13 +59,13 @@ class Stage:
     guidance: tuple[Guidance, ...] = ()
     codec: Codec = field(default_factory=lambda: codecs.create("pixel"))
     low_res_level: float = 0.0
-    low_res: LowRes = LowRes()
+    low_res: LowRes = field(default_factory=LowRes)
     text_encoder: Any = None
     sigma_data: float = 0.5
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     execution: str = "batched"
     told: Mapping[str, Any] = field(default_factory=dict)
-    performance: Performance = Performance()
+    performance: Performance = field(default_factory=Performance)
     cache: Any = None
 
     def __post_init__(self) -> None:
@@ -96,11 +96,6 @@ class Stage:
             strategy.fit(self.denoiser)
         if self.cache is not None:
             self.cache.fit(self.denoiser)
-            if self.performance.graph and not self.cache.capturable:
-                raise KitError(
-                    f"stage {self.name!r}: its cache decides on the host, so no CUDA graph can hold the run; "
-                    "choose interval, taylor or deep_cache, or leave out performance graph"
-                )
 
     @property
     def dtype(self) -> torch.dtype:

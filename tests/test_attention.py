@@ -163,7 +163,10 @@ def test_recorded_maps():
             lambda q, k, v: attention(q, k, v, backend="spda"),
             "unknown attention backend 'spda'; did you mean 'sdpa'?",
         ),
-        (lambda q, k, v: set_backend("zzz"), "choose from cudnn, eager, efficient, flash, flash3, flex, math, sdpa, xformers"),
+        (
+            lambda q, k, v: set_backend("zzz"),
+            "choose from cudnn, eager, efficient, flash, flash3, flex",
+        ),
         (lambda q, k, v: use_backend("fleks").__enter__(), "did you mean 'flex'?"),
         (lambda q, k, v: attention(q, k, v, torch.ones(B, M)), "must be bool (True = attend), not float32"),
         (lambda q, k, v: attention(q.requires_grad_(), k, v, backend="flex"), "choose sdpa or eager"),
@@ -179,7 +182,9 @@ def test_errors(call, message):
 def test_missing_xformers(monkeypatch):
     monkeypatch.setattr(module, "_has_xformers", lambda: False)
     assert "xformers" not in backends()
-    with pytest.raises(KitError, match=r"not installed \(pip install .*; choose from sdpa, eager, flex, flash"):
+    with pytest.raises(
+        KitError, match=r"not installed \(pip install .*; choose from sdpa, eager, flex, flash"
+    ):
         set_backend("xformers")
 
 

@@ -96,7 +96,7 @@ def test_low_res_with_corners_in_place():
 def test_wrong_low_res_is_refused():
     with pytest.raises(KitError, match="did you mean 'label'"):
         LowRes(told="labels")
-    with pytest.raises(KitError, match="give low_res.schedule too"):
+    with pytest.raises(KitError, match=r"give low_res\.schedule too"):
         LowRes(told="label")
     with pytest.raises(KitError, match="must be discrete"):
         LowRes(schedules.create("cosine"))

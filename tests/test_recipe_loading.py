@@ -15,8 +15,15 @@ from imagen_kit.errors import KitError, RecipeError
 from imagen_kit.recipe.loading import locate
 
 KL = {
-    "channels": 4, "widths": [32], "blocks": 1, "groups": 32, "scale": 0.5, "shift": 0.0,
-    "quant": True, "attend": True, "picture_channels": 3,
+    "channels": 4,
+    "widths": [32],
+    "blocks": 1,
+    "groups": 32,
+    "scale": 0.5,
+    "shift": 0.0,
+    "quant": True,
+    "attend": True,
+    "picture_channels": 3,
 }
 RECIPE = """
 name: hub
@@ -48,11 +55,14 @@ class Hub:
         self.asked.append((repo_id, allow_patterns))
         source = self.root / repo_id
         if not source.is_dir():
-            raise RepositoryNotFoundError(f"404 Client Error.\nRepository Not Found for url: {repo_id}", response=_Answer())
+            said = f"404 Client Error.\nRepository Not Found for url: {repo_id}"
+            raise RepositoryNotFoundError(said, response=_Answer())
         target = self.cache / repo_id
         target.mkdir(parents=True, exist_ok=True)
         files = [str(f.relative_to(source)) for f in sorted(source.rglob("*")) if f.is_file()]
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for name in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, target / name)
         return str(target)

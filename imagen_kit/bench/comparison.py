@@ -105,7 +105,8 @@ def _figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     faster = sum(change.ratio < 1 for change in moved)
     out.append(
         f"{len(found)} rows in both: {faster} faster and {len(moved) - faster} slower beyond their spread, "
-        f"{len(found) - len(moved)} within it" + (f"; ratio of all (geometric mean) {_mean(found)}" if found else "")
+        f"{len(found) - len(moved)} within it"
+        + (f"; ratio of all (geometric mean) {_mean(found)}" if found else "")
     )
     for row_id, (a, b) in _statuses(before, after).items():
         out.append(f"{row_id}: {a} -> {b}")

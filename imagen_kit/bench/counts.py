@@ -110,7 +110,7 @@ class Counting(TorchDispatchMode):
         self.flops = self.bytes = self.waits = 0
         self._formulas = _formulas()
         # Held weakly: a loop's activations must not stay in memory because they were seen.
-        self._followed = WeakTensorKeyDictionary({tensor: True for tensor in on_device})
+        self._followed = WeakTensorKeyDictionary(dict.fromkeys(on_device, True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -13,7 +13,9 @@ RAPL = Path("/sys/class/powercap")
 Meter = Callable[[], float]
 
 
-def joules(run: Callable[[], object], device: torch.device, least: float, meter: Meter | None) -> float | None:
+def joules(
+    run: Callable[[], object], device: torch.device, least: float, meter: Meter | None
+) -> float | None:
     """Joules of one call: ``run`` is repeated for at least ``least`` seconds between two readings.
 
     The whole device is read, its idle power and what others do on it included. None without a meter or with one

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from imagen_kit.bench.subjects import check
 from imagen_kit.errors import KitError
 
 BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv.pop()); from imagen_kit.bench import worker; worker.main()"
+GRACE = 45.0  # seconds that a row which began within the budget may go on after it
 START_LIMIT = 300.0  # seconds for a worker to import what it needs and measure the ceilings
 Told = Callable[[Row, int, int], None]
 
@@ -51,7 +52,7 @@ class Plan:
 
     cases: Sequence[Case]
     device: torch.device
-    protocol: Protocol = Protocol()
+    protocol: Protocol = field(default_factory=Protocol)
     suite: str = ""
     budget: float | None = None
     one_process: bool = False
@@ -84,9 +85,10 @@ def run(
         for _, group in itertools.groupby(todo, key=lambda case: "" if plan.one_process else case.group):
             with Crew(plan, results) as crew:
                 for case in group:
-                    if plan.budget is not None and time.monotonic() - began > plan.budget:
+                    spent = time.monotonic() - began
+                    if plan.budget is not None and spent > plan.budget:
                         break
-                    row = crew.measure(case)
+                    row = crew.measure(case, _limit(plan, spent))
                     left.remove(case)
                     results.content["seconds"] = before + time.monotonic() - began
                     results.add(row)
@@ -95,6 +97,12 @@ def run(
         results.content["not_run"] = [case.id for case in left]
         results.save()
     return results.content
+
+
+def _limit(plan: Plan, spent: float) -> float:
+    """Seconds that the next row may take."""
+    limit = plan.protocol.limit
+    return limit if plan.budget is None else min(limit, plan.budget - spent + GRACE)
 
 
 def validate(cases: Iterable[Case]) -> None:
@@ -122,12 +130,17 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         self.dismiss()
 
-    def measure(self, case: Case) -> Row:
-        """The row of a case, whatever becomes of the worker."""
+    def measure(self, case: Case, limit: float) -> Row:
+        """The row of a case, whatever becomes of the worker.
+
+        Args:
+            case: what to measure.
+            limit: seconds after which it is given up.
+        """
         try:
             worker = self._ready()
             worker.ask({"kind": case.kind, "name": case.name, "options": dict(case.options)})
-            return worker.answer(self.plan.protocol.limit)["row"]
+            return worker.answer(limit)["row"]
         except _Died as death:
             self.dismiss()
             return blank(case, *death.verdict)
@@ -207,7 +220,7 @@ class _Worker:
         try:
             line = self._answers.get(timeout=limit)
         except queue.Empty:
-            raise _Died((FAILED, f"took longer than {limit:g} s")) from None
+            raise _Died((FAILED, f"took longer than {limit:.3g} s")) from None
         if not line:
             raise _Died(self._verdict())
         return json.loads(line)

@@ -97,7 +97,7 @@ class Measurer:
             for entry in entries.values():
                 entry.subject.close()
             entries.clear()
-            free(self.device)
+            free(self.device, compiled=True)
         return row
 
     def _run(self, row: Row, entries: dict[str, _Entry]) -> None:
@@ -117,10 +117,10 @@ class Measurer:
                 least = self.protocol.energy_seconds
                 entry.figures["joules"] = joules(entry.subject, self.device, least, self.meter)
                 self._conclude(row, who, entry)
-        if OURS in entries:
-            ours = entries[OURS].timing
-            for who in (who for who in entries if who != OURS):
-                row["ratio"][who], row["ratio_quartiles"][who] = clock.ratio(entries[who].timing, ours)
+        timings = {who: entry.timing for who, entry in entries.items() if entry.timing is not None}
+        for who in timings if OURS in timings else ():
+            if who != OURS:
+                row["ratio"][who], row["ratio_quartiles"][who] = clock.ratio(timings[who], timings[OURS])
 
     @contextmanager
     def _guard(self, row: Row, entries: dict[str, _Entry], who: str) -> Iterator[None]:
@@ -153,16 +153,18 @@ class Measurer:
         weights = counts.weight_bytes(subject)
         entry.figures["weight_bytes"] = weights
         own = type(subject).flops is not Subject.flops
-        if subject.countable:
-            followed = [*subject.inputs, *(t for module in subject.modules for t in module.parameters())]
-            entry.counted = counts.count(subject.eager, followed)
-        elif not own:
-            return
-        entry.figures["flops"] = subject.flops() if own else entry.counted and entry.counted.flops
+        try:
+            if subject.countable:
+                followed = [*subject.inputs, *(t for module in subject.modules for t in module.parameters())]
+                entry.counted = counts.count(subject.eager, followed)
+                entry.figures |= {"flops": entry.counted.flops, "waits": entry.counted.waits}
+            if own:
+                entry.figures["flops"] = subject.flops()
+        except Exception as error:  # its time is worth having all the same
+            entry.figures["uncounted"] = fault(error)[1]
+            free(self.device)
         if self.device.type == "cuda":
             entry.figures["waits"] = counts.count_sync_warnings(subject)
-        elif entry.counted:
-            entry.figures["waits"] = entry.counted.waits
 
     def _race(self, row: Row, entries: dict[str, _Entry]) -> bool:
         """Time all that are left; whether all came through."""
@@ -231,7 +233,7 @@ class Measurer:
             "steps": subject.steps,
             "joules": figures["joules"],
             "compile_seconds": subject.compile_seconds + max(0.0, timing.first - seconds),
-            "note": subject.note,
+            "note": "; not counted: ".join(filter(None, (subject.note, figures.get("uncounted")))),
         }
 
     def _share(self, amount: int | None, seconds: float, *path: str) -> float | None:
@@ -263,9 +265,9 @@ def fault(error: BaseException) -> tuple[str, str]:
     return FAILED, f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def free(device: torch.device) -> None:
-    """Let go of memory and compiled code that nothing refers to any more."""
-    if "torch._dynamo" in sys.modules:
+def free(device: torch.device, compiled: bool = False) -> None:
+    """Let go of memory that nothing refers to any more, and where asked of ``compiled`` code (everybody's)."""
+    if compiled and "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()  # type: ignore[attr-defined]
     gc.collect()
     if device.type == "cuda":

@@ -9,12 +9,11 @@ and the number of training steps are the paper's, which does not state its sampl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +27,10 @@ BATCH, TRAINING_STEPS = 2048, 2.5e6  # of every network of the cascade
 #: Published in place of what was not measured: a data sheet's dense bf16 peak, shares of diffusion models on H100.
 PUBLISHED_PEAK, PUBLISHED_FORWARD, PUBLISHED_TRAINING = 989e12, 0.50, 0.48
 NODE = 8  # GPUs
-NEAR, FAR = 450e9, NODE * 50e9  # bytes a second: of a GPU within its node; of a node, a network card for each GPU
+NEAR, FAR = (
+    450e9,
+    NODE * 50e9,
+)  # bytes a second: of a GPU within its node; of a node, a network card for each GPU
 LATENCY = 10e-6  # seconds a message
 #: Side of the picture, sampling steps, and the side of the crops it is trained on.
 NETWORKS = {
@@ -36,7 +38,14 @@ NETWORKS = {
     "imagen_64_to_256": (256, 50, 256),
     "imagen_256_to_1024": (1024, 40, 256),
 }
-ALIKE = ("imagen_64", "if_i_xl", "if_i_l", "sdxl_unet", "sd15_unet", "adm_256")  # networks most like the cascade's
+ALIKE = (
+    "imagen_64",
+    "if_i_xl",
+    "if_i_l",
+    "sdxl_unet",
+    "sd15_unet",
+    "adm_256",
+)  # networks most like the cascade's
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,9 @@ def _counted(name: str, side: int) -> tuple[int, int, _Exchanges]:
 
     with torch.device("meta"), torch.no_grad():
         network = denoisers.create(name)
-        low_res: dict[str, Tensor] = {}
+        cond = Cond(tokens=torch.zeros(1, TOKENS, TEXT_WIDTH))
         if network.inputs.low_res_channels:
-            low_res = {"low_res": torch.zeros(1, 3, side, side), "low_res_level": torch.zeros(1)}
-        cond = Cond(tokens=torch.zeros(1, TOKENS, TEXT_WIDTH), **low_res)
+            cond = replace(cond, low_res=torch.zeros(1, 3, side, side), low_res_level=torch.zeros(1))
         with Counting() as counted, _Exchanges() as told:
             network(torch.zeros(1, 3, side, side), torch.zeros(1), cond)
     return counted.flops, sum(p.numel() for p in network.parameters()), told
@@ -125,9 +133,13 @@ def rates(content: Mapping[str, Any] | None) -> Rates:
     training = _best(content, "training") if content and on_gpu else None
     if content is None or forward is None or training is None:
         words = f"no results of a GPU: {PUBLISHED_FORWARD:.0%} (forward) and {PUBLISHED_TRAINING:.0%} (training) of "
-        words += f"{PUBLISHED_PEAK / 1e12:g} TFLOP/s, the best published of diffusion models on an H100 or H200"
+        words += (
+            f"{PUBLISHED_PEAK / 1e12:g} TFLOP/s, the best published of diffusion models on an H100 or H200"
+        )
         return Rates(PUBLISHED_FORWARD * PUBLISHED_PEAK, PUBLISHED_TRAINING * PUBLISHED_PEAK, words)
-    words = f"measured on {content['environment']['device']}: forward {forward[1]} {number(forward[0] / 1e12)} "
+    words = (
+        f"measured on {content['environment']['device']}: forward {forward[1]} {number(forward[0] / 1e12)} "
+    )
     words += f"TFLOP/s, training {training[1]} {number(training[0] / 1e12)} TFLOP/s"
     return Rates(forward[0], training[0], words)
 
@@ -199,8 +211,8 @@ def text(content: Mapping[str, Any] | None = None, counts: tuple[int, ...] = (1,
         "|---|---|---|---|",
     ]
     for name, network in found.items():
-        cells = (f"{network.parameters / 1e9:.2f} B", f"{network.flops / 1e12:.2f}", f"{2 * network.steps}")
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        counted = (f"{network.parameters / 1e9:.2f} B", f"{network.flops / 1e12:.2f}", f"{2 * network.steps}")
+        lines.append(f"| `{name}` | " + " | ".join(counted) + " |")
     lines += [
         "",
         "| GPUs | pictures/s | seconds until one picture | days to train each of the three | arithmetic's share |",

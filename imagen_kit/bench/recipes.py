@@ -77,4 +77,8 @@ def _stages(checked: Recipe, dtype: str) -> Iterator[Case]:
         yield Case("denoiser", stage.denoiser.name, {**about, "network": options})
         if stage.codec.name != "pixel":
             given = {"options": dict(stage.codec.options)} if stage.codec.options else {}
-            yield Case("codec", stage.codec.name, {"work": "decode", "resolution": stage.size, "dtype": dtype, **given})
+            yield Case(
+                "codec",
+                stage.codec.name,
+                {"work": "decode", "resolution": stage.size, "dtype": dtype, **given},
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagen_kit.bench.measure import OK
 from imagen_kit.bench.subject import OURS
-from imagen_kit.bench.table import environment
+from imagen_kit.bench.table import number
 from imagen_kit.errors import KitError
 from imagen_kit.evaluation.plot import COLORS, MARKERS
 from imagen_kit.files import replacing
@@ -43,15 +43,17 @@ def figure(content: Mapping[str, Any]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = [point for row in content["rows"] for point in _points(row)]
+    found, about = [point for row in content["rows"] for point in _points(row)], content["environment"]
     top = content["ceilings"] or {}
     if not found or not top.get("matmul") or "copy" not in top:
         raise KitError("there is nothing to draw: no ceilings, or no row with counted FLOPs and bytes")
     out = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(out)
     axes = out.subplots()
-    low, high = _range([point["intensity"] for point in found], top)
-    _roofs(axes, top, low, high)
+    tops, speed = _used(found, top), top["copy"]["bytes"]
+    intensities = [*(point["intensity"] for point in found), *(flops / speed for flops in tops.values())]
+    low, high = min(intensities) / 3, max(intensities) * 5
+    _roofs(axes, tops, speed, low, high)
     kinds = list(dict.fromkeys(point["kind"] for point in found))
     for i, kind in enumerate(kinds):
         for ours in (True, False):
@@ -75,8 +77,10 @@ def figure(content: Mapping[str, Any]) -> Figure:
     axes.grid(visible=True, which="major", alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.plot([], [], "o", markersize=6, color="0.4", markerfacecolor="none", label="rings: peers, same work")
-    axes.legend(loc="lower right", fontsize=7, frameon=True, framealpha=0.9, edgecolor="none")
-    out.suptitle(environment(content), fontsize=7)
+    out.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7, frameon=False
+    )
+    out.suptitle(f"{about['device']}, torch {about['versions']['torch']}, {content['date'][:10]}", fontsize=8)
     return out
 
 
@@ -87,45 +91,31 @@ def _points(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if entry["status"] == OK and entry["flops"] and entry["bytes"]:
             rate = entry["flops"] / entry["seconds"]["median"]
             about = {"intensity": entry["flops"] / entry["bytes"], "rate": rate, "row": row}
-            found.append({**about, "who": who, "kind": row["kind"], "share": entry["percent_of_matmul"] or 0})
+            found.append({**about, "who": who, "kind": row["kind"], "precision": entry["precision"]})
     return found
 
 
-def _range(intensities: list[float], top: Mapping[str, Any]) -> tuple[float, float]:
-    corners = [product["flops"] / top["copy"]["bytes"] for product in top["matmul"].values()]
-    return min(*intensities, *corners) / 3, max(*intensities, *corners) * 3
+def _used(found: list[dict[str, Any]], top: Mapping[str, Any]) -> dict[str, float]:
+    """FLOP/s of the ceilings of the precisions that the rows are computed in; of all where none of them has one."""
+    every = {name: product["flops"] for name, product in top["matmul"].items()}
+    used = {point["precision"] for point in found}
+    return {name: flops for name, flops in every.items() if name in used} or every
 
 
-def _roofs(axes: Axes, top: Mapping[str, Any], low: float, high: float) -> None:
+def _roofs(axes: Axes, tops: Mapping[str, float], speed: float, low: float, high: float) -> None:
     """The bandwidth as the slanted line, each precision's products as a level one from there on."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    speed = top["copy"]["bytes"]
-    best = max(product["flops"] for product in top["matmul"].values())
+    best = max(tops.values())
     axes.plot([low, best / speed], [low * speed, best], color="0.2", linewidth=1.2)
-    axes.annotate(
-        f"copy {speed / 1e9:.0f} GB/s",
-        (low * 1.2, low * 1.2 * speed),
-        xytext=(2, 6),
-        textcoords="offset points",
-        fontsize=7,
-        color="0.2",
-    )
-    drawn: list[float] = []
-    for name, product in sorted(top["matmul"].items(), key=lambda item: -item[1]["flops"]):
-        flops = product["flops"]
+    middle = (low * best / speed) ** 0.5
+    about = {"textcoords": "offset points", "fontsize": 7, "color": "0.2"}
+    place = (middle, middle * speed)
+    axes.annotate(f"copy {number(speed / 1e9)} GB/s", place, xytext=(-6, 3), ha="right", **about)
+    for name, flops in tops.items():
         axes.plot([flops / speed, high], [flops, flops], color="0.2", linewidth=0.9, linestyle="--")
-        near = any(abs(flops / other - 1) < 0.25 for other in drawn)
-        place = (4, -8) if near else (4, 2)
-        axes.annotate(
-            f"{name} {flops / 1e12:.3g} TFLOP/s",
-            (flops / speed, flops),
-            xytext=place,
-            textcoords="offset points",
-            fontsize=7,
-            color="0.2",
-        )
-        drawn.append(flops)
+        words = f"{name} {number(flops / 1e12)} TFLOP/s"
+        axes.annotate(words, (high, flops), xytext=(-2, 2), ha="right", **about)
 
 
 def _names(axes: Axes, points: list[dict[str, Any]]) -> None:
@@ -143,6 +133,7 @@ def _names(axes: Axes, points: list[dict[str, Any]]) -> None:
                 xytext=(5, -2.5),
                 textcoords="offset points",
                 fontsize=6,
+                bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.5},
             )
 
 

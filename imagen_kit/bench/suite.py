@@ -1,17 +1,17 @@
 """Suites: YAML files that say which rows to measure.
 
-    description: what it is for
-    protocol: {least: 3, seconds: 2}       # see bench.clock.Protocol
-    processes: one                          # one worker for all, or one a model (default)
-    cases:
-      - kind: denoiser                      # a registered kind of subject
-        name: [dit_s_2, dit_b_2]            # lists multiply, here and in the options
-        options: {batch: [1, 8], dtype: [fp32, bf16]}
-        when: {device: cuda, memory: 40}    # only there; memory in GiB, at least
-        tiny: {name: dit_s_8, options: {batch: [1, 2]}}    # in its place where code is tried and not speed
-    when: {device: cuda}                    # of all its cases
-    include: [cpu]                          # other suites, whose cases come first
-    shared: {small: &small {width: 128}}    # a place for YAML's anchors; not read
+description: what it is for
+protocol: {least: 3, seconds: 2}       # see bench.clock.Protocol
+processes: one                          # one worker for all, or one a model (default)
+cases:
+  - kind: denoiser                      # a registered kind of subject
+    name: [dit_s_2, dit_b_2]            # lists multiply, here and in the options
+    options: {batch: [1, 8], dtype: [fp32, bf16]}
+    when: {device: cuda, memory: 40}    # only there; memory in GiB, at least
+    tiny: {name: dit_s_8, options: {batch: [1, 2]}}    # in its place where code is tried and not speed
+when: {device: cuda}                    # of all its cases
+include: [cpu]                          # other suites, whose cases come first
+shared: {small: &small {width: 128}}    # a place for YAML's anchors; not read
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class Suite:
         kept = [c for c in self.cases if (fnmatch(c.id, pattern) if wild else pattern in c.id)]
         if not kept:
             near = nearest(pattern, [case.id for case in self.cases] + [case.name for case in self.cases])
-            hint = f"; did you mean {near!r}?" if near else f", e.g. {self.cases[0].id!r}" if self.cases else ""
+            hint = (
+                f"; did you mean {near!r}?" if near else f", e.g. {self.cases[0].id!r}" if self.cases else ""
+            )
             raise KitError(f"suite {self.name}: no row matches {pattern!r}{hint}")
         return replace(self, cases=kept)
 

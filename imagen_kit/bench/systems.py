@@ -25,6 +25,7 @@ from imagen_kit.hollow import hollow_parameters
 from imagen_kit.pipeline import Pipeline, derive_seed
 from imagen_kit.recipe import Recipe
 from imagen_kit.recipe.running import run_as_told
+from imagen_kit.samplers import step_lists
 from imagen_kit.stage import Stage, start
 from imagen_kit.text_encoders.base import Row, TextEncoder
 
@@ -119,7 +120,7 @@ class Asked:
         name: a shipped recipe's, or a file.
         size: full, small or tiny.
         changes: further ones, as ``--set`` takes them.
-        stages: how many of its stages; None for all.
+        stages: how many of its stages; None for all, of small and tiny variants for the first.
         weights: random or real.
         performance: of every stage, see ``imagen_kit.performance.Performance``.
 
@@ -144,12 +145,15 @@ class Asked:
             told = yaml.safe_dump(dict(self.performance or {}), default_flow_style=True).strip()
             changes.append(f"stages.{i}.performance={told}")
         found = recipe.load(self.name, changes)
-        if self.stages is not None:
-            if not 1 <= self.stages <= len(found.stages):
+        kept = self.stages
+        if kept is None and self.size != small.FULL:
+            kept = 1  # what the others have a pipeline for
+        if kept is not None:
+            if not 1 <= kept <= len(found.stages):
                 raise KitError(
-                    f"recipe {self.name!r} has {len(found.stages)} stages; stages cannot be {self.stages}"
+                    f"recipe {self.name!r} has {len(found.stages)} stages; stages cannot be {kept}"
                 )
-            found = replace(found, spec=found.spec.model_copy(update={"stages": found.stages[: self.stages]}))
+            found = replace(found, spec=found.spec.model_copy(update={"stages": found.stages[:kept]}))
         if self.weights == "real":
             return found
         return RandomRecipe(found.spec, found.source, found.folder, found.train, device)
@@ -200,7 +204,11 @@ class System:
         told = self.settings
         if told.sampler is not None and first:
             stage = replace(stage, sampler=samplers.create(told.sampler))
-        return stage if told.steps is None else replace(stage, steps=told.steps)
+        if told.steps is None:
+            return stage
+        if stage.sampler.spacing in step_lists.LENGTHS:  # a published list of times, of one length
+            stage = replace(stage, sampler=replace(stage.sampler, spacing="linspace"))
+        return replace(stage, steps=told.steps)
 
     def run_as_told(self) -> None:
         """Bring networks and decoders into the precision and form that is asked for; once, before drawing."""

@@ -11,18 +11,17 @@ from imagen_kit.bench.subject import OURS
 COLUMNS = ("row", "time", "per second", "TFLOP/s", "% matmul", "% copy", "peak MiB", "waits/step", "beside")
 UNITS = ("s", "ms", "µs", "ns")
 MIB = 2**20
+LONGEST = 48  # characters of an option's value within a row
 
 
 def lines(row: Row) -> list[str]:
     """The cells of ``COLUMNS`` for one row; a peer is "name: its time over ours, difference of results"."""
     ours = row["entries"].get(OURS, {})
-    name = row["id"].split("/", 1)[1]
     if ours.get("status") != OK:
         beside = _beside(row) if row["entries"] else ""
-        return [name, row["status"], *[""] * 6, beside or row["reason"][:60]]
+        return [row["status"], *[""] * 6, beside or row["reason"][:60]]
     peak = ours["peak_bytes"]
     return [
-        name,
         _time(ours["seconds"]),
         f"{number(ours['per_second'])} {ours['unit']}",
         number(ours["tflops"]),
@@ -37,7 +36,7 @@ def lines(row: Row) -> list[str]:
 def told(row: Row) -> str:
     """A row in one line, for a log."""
     cells = lines(row)
-    return f"{row['id']}: " + ", ".join(cell for cell in (*cells[1:3], cells[-1]) if cell)
+    return f"{row['kind']}/{label(row)}: " + ", ".join(cell for cell in (*cells[:2], cells[-1]) if cell)
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
@@ -65,7 +64,9 @@ def screen(rows: Sequence[Row]) -> str:
     """All rows under the headings of their kinds, aligned."""
     parts = []
     for kind, group in by_kind(rows).items():
-        parts.append(f"{kind}\n{aligned([list(COLUMNS), *map(lines, group)])}")
+        shared = _shared(group)
+        table = [[label(row, shared), *lines(row)] for row in group]
+        parts.append(f"{kind}{_all_with(shared, ': all with ')}\n{aligned([list(COLUMNS), *table])}")
     return "\n\n".join(parts)
 
 
@@ -78,14 +79,15 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Rows of one kind as a Markdown table; options that all rows share stand above it."""
+    """Rows of one kind as a Markdown table; options that all rows share stand above it, what was chosen beside it."""
     shared = _shared(rows)
-    table = [
-        [_short(row, shared), *lines(row)[1:]] for row in rows
-    ]
-    head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
-    above = [f"All with {', '.join(f'{key} {value}' for key, value in shared.items())}.", ""] if shared else []
+    head = ["| " + " | ".join((*COLUMNS, "chosen")) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+    body = []
+    for row in rows:
+        note = row["entries"].get(OURS, {}).get("note", "")
+        cells = [label(row, shared, mark="`"), *lines(row), note]
+        body.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    above = [f"{_all_with(shared, 'All with ')}.", ""] if shared else []
     return "\n".join([*above, *head, *body])
 
 
@@ -96,9 +98,22 @@ def _shared(rows: Sequence[Row]) -> dict[str, Any]:
     return {k: v for k, v in first.items() if all(row["options"].get(k, ...) == v for row in rows)}
 
 
-def _short(row: Row, shared: Mapping[str, Any]) -> str:
-    told = [f"{k} {plain(v)}" for k, v in row["options"].items() if k not in shared and v is not None]
-    return f"`{row['name']}`" + (f" {', '.join(told)}" if told else "")
+def _all_with(shared: Mapping[str, Any], words: str) -> str:
+    return words + ", ".join(f"{key} {plain(value)}" for key, value in shared.items()) if shared else ""
+
+
+def label(row: Row, shared: Mapping[str, Any] | None = None, mark: str = "") -> str:
+    """A row's name and those of its options that are not shared, in words."""
+    told = [
+        f"{key} {_cut(plain(value))}"
+        for key, value in row["options"].items()
+        if key not in (shared or {}) and value is not None and key != "peers"
+    ]
+    return f"{mark}{row['name']}{mark}" + (f" {', '.join(told)}" if told else "")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 def plain(value: Any) -> str:
@@ -127,7 +142,7 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 def duration(seconds: float) -> str:
     """``0.00321`` → ``3.21 ms``."""
     scaled, unit = seconds, UNITS[0]
-    for unit in UNITS:  # noqa: B007 - used after the loop
+    for unit in UNITS:
         if scaled >= 1:
             break
         if unit != UNITS[-1]:
@@ -141,8 +156,8 @@ def number(value: float | None) -> str:
         return ""
     if value == 0:
         return "0"
-    if abs(value) >= 1000:
-        digits = len(str(int(abs(value)))) - 3
+    if abs(value) >= 999.5:
+        digits = len(str(round(abs(value)))) - 3
         return f"{round(value, -digits):.0f}"
     return f"{value:#.3g}".rstrip(".") if abs(value) >= 0.01 else f"{value:.1e}"
 
@@ -163,6 +178,8 @@ def environment(content: Mapping[str, Any]) -> str:
 def ceilings(content: Mapping[str, Any]) -> str:
     """The measured ceilings in one line."""
     found = content["ceilings"] or {}
-    products = [f"{name} {number(top['flops'] / 1e12)} TFLOP/s" for name, top in found.get("matmul", {}).items()]
+    products = [
+        f"{name} {number(top['flops'] / 1e12)} TFLOP/s" for name, top in found.get("matmul", {}).items()
+    ]
     copied = [f"copy {number(found['copy']['bytes'] / 1e9)} GB/s"] if "copy" in found else []
     return ", ".join([*products, *copied]) or "not measured"

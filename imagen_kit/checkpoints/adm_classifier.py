@@ -73,7 +73,8 @@ def _rules(arguments: Mapping[str, Any]) -> list[Rule]:
     attention = {"kind": "plain", "head_dim": arguments["head_dim"], "cells": True, "norm": True}
     spoken = {  # as guided_keys speaks of the whole U-Net, whose way down this is
         "levels": [
-            {**level, "attention": attention if level["attention"] else False} for level in arguments["levels"]
+            {**level, "attention": attention if level["attention"] else False}
+            for level in arguments["levels"]
         ],
         "middle": attention,
         "style": {"resample": "residual"},

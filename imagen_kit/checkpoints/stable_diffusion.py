@@ -12,7 +12,9 @@ from imagen_kit.errors import KitError
 
 _SIZE_WIDTH = 256  # of one embedded size number in SDXL
 _REFINER = 2560  # pooled text and sizes of SDXL's refiner, which is told five numbers instead of six
-_FIRST = 768  # width of CLIP-L's tokens: Stable Diffusion 1.x alone, which has 8 heads instead of heads of 64,
+_FIRST = (
+    768  # width of CLIP-L's tokens: Stable Diffusion 1.x alone, which has 8 heads instead of heads of 64,
+)
 # as has the 4× upscaler, which alone has labels
 
 

@@ -31,7 +31,10 @@ def bench(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="DIR|FILE.json", help="For the results; a picture's file for --roofline."
+            "-o",
+            "--output",
+            metavar="DIR|FILE.json",
+            help="For the results; a picture's file for --roofline.",
         ),
     ] = None,
     suite: Annotated[
@@ -58,11 +61,15 @@ def bench(
     ] = None,
     roofline: Annotated[
         Path | None,
-        typer.Option("--roofline", metavar="RESULTS", help="Draw results against the ceilings, with -o FILE.png."),
+        typer.Option(
+            "--roofline", metavar="RESULTS", help="Draw results against the ceilings, with -o FILE.png."
+        ),
     ] = None,
     growth: Annotated[
         Path | None,
-        typer.Option("--growth", metavar="RESULTS", help="Exponents of time and memory in batch, size, steps."),
+        typer.Option(
+            "--growth", metavar="RESULTS", help="Exponents of time and memory in batch, size, steps."
+        ),
     ] = None,
     device: common.DeviceOption = None,
     dtype: common.DtypeOption = "fp32",

@@ -295,8 +295,7 @@ class DiT(nn.Module):
         tokens = self.x_embedder(picture)
         tokens = tokens + sincos_positions(h, w, self.width, x.device).to(tokens.dtype)
         tokens = run_blocks(self._block, len(self.blocks), tokens, (vectors, context, cond.mask))
-        out = self.final_layer(tokens, vectors[0])
-        p = self.patch_size
+        out, p = self.final_layer(tokens, vectors[0]), self.patch_size
         patches = out.unflatten(1, (h, w)).unflatten(3, (p, p, -1))  # b h w p p c
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 

@@ -232,24 +232,24 @@ class EDM2(Skeleton):
         cut = place(len(enc))
         turn = [i for i, (name, _) in enumerate(dec) if "block" in name][-cut]
         skips: list[Tensor] = []
-        x = self._down(enc[:cut], skips, x, emb)
-        x = inner(partial(self._inside, enc[cut:], dec[:turn]), x, (emb,))
-        x = self._up(dec[turn:], skips, x, emb)
+        x = self._encode(enc[:cut], skips, x, emb)
+        x = inner(partial(self._core, enc[cut:], dec[:turn]), x, (emb,))
+        x = self._decode(dec[turn:], skips, x, emb)
         return self.out_conv(x, self.out_gain)
 
-    def _inside(self, enc: Named, dec: Named, x: Tensor, emb: Tensor) -> Tensor:
+    def _core(self, enc: Named, dec: Named, x: Tensor, emb: Tensor) -> Tensor:
         """What the innermost of the outer skip connections (b, c, h, w) is joined with on the way up."""
         skips: list[Tensor] = []
-        x = self._down(enc, skips, x, emb)
-        return self._up(dec, skips, x, emb)
+        x = self._encode(enc, skips, x, emb)
+        return self._decode(dec, skips, x, emb)
 
-    def _down(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
+    def _encode(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
         for name, block in blocks:
             x = block(x) if name == "0_conv" else self._apply_block(block, x, emb)
             skips.append(x)
         return x
 
-    def _up(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
+    def _decode(self, blocks: Named, skips: list[Tensor], x: Tensor, emb: Tensor) -> Tensor:
         for name, block in blocks:
             if "block" in name:
                 x = mp_cat(x, skips.pop(), CONCAT)

@@ -202,11 +202,11 @@ class EfficientUNet(Skeleton):
         cut = place(len(self.down) - 1)
         skips: list[Tensor] = []
         x = self._way_down(range(cut), skips, self.stem(x), *told)
-        x = inner(partial(self._inside, cut), x, told)
+        x = inner(partial(self._core, cut), x, told)
         x = self._way_up(range(cut), skips, x, *told)
         return self.head(F.silu(self.norm_out(x)))
 
-    def _inside(self, cut: int, x: Tensor, *told: Any) -> Tensor:
+    def _core(self, cut: int, x: Tensor, *told: Any) -> Tensor:
         """What the levels from ``cut`` on make of the last outer one's answer, at that one's size."""
         levels = range(cut, len(self.down))
         skips: list[Tensor] = []

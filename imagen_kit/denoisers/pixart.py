@@ -293,7 +293,9 @@ def _ratios(depth: int, compress: Any, compressed: Any) -> list[int]:
         raise KitError(f"pixart compress must be a whole number of at least 1, got {compress!r}")
     wrong = [i for i in compressed if i not in range(depth)]
     if wrong:
-        raise KitError(f"pixart compressed: there is no block {wrong[0]!r}; they are numbered 0 to {depth - 1}")
+        raise KitError(
+            f"pixart compressed: there is no block {wrong[0]!r}; they are numbered 0 to {depth - 1}"
+        )
     return [compress if i in compressed else 1 for i in range(depth)]
 
 

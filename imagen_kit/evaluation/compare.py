@@ -179,7 +179,7 @@ def plan(
         raise KitError(f"seeds must be whole numbers from 0, not {', '.join(map(str, seeds))}")
     for entry in samplers:
         for scale in guidance:
-            subject.check(entry.sampler, scale, **entry.settings)
+            subject.check(entry.sampler, scale, entry.cache)
     affordable: list[tuple[Entry, int, dict[str, int]]] = []
     skipped: list[dict[str, Any]] = []
     for entry in samplers:
@@ -282,10 +282,8 @@ class _Work:
             assert exact is not None  # _Method.parse has seen to it
             drawn = exact
         else:
-            plain = {"cache": None} if self.subject.pictures else {}  # no cache is converged
-            drawn = self.subject.draw(
-                self.method.sampler, self.method.steps, guidance, seed, bar.tick, **plain
-            )
+            sampler, steps = self.method.sampler, self.method.steps
+            drawn = self.subject.draw(sampler, steps, guidance, seed, bar.tick, cache=None)
             self._warm = True
         row = {
             "steps": self.method.steps or None,
@@ -301,13 +299,11 @@ class _Work:
         subject, sampler = self.subject, cell.entry.sampler
         bar.name(f"{cell.entry.label}, {cell.steps} step{'s' * (cell.steps != 1)}")
         if not self._warm:  # the first run of a process pays for what later ones find ready
-            subject.draw(sampler, 1, cell.guidance, cell.seed, lambda: None, **cell.entry.settings)
+            subject.draw(sampler, 1, cell.guidance, cell.seed, lambda: None, cell.entry.cache)
             self._warm = True
         row = {**cell.key, "budget": cell.budget}
         try:
-            drawn = subject.draw(
-                sampler, cell.steps, cell.guidance, cell.seed, bar.tick, **cell.entry.settings
-            )
+            drawn = subject.draw(sampler, cell.steps, cell.guidance, cell.seed, bar.tick, cell.entry.cache)
         except KitError as error:  # values that are not finite: told, and the others go on
             self.store.add({**row, "failed": str(error)})
             return

@@ -139,7 +139,13 @@ def fingerprint(pipeline: Pipeline) -> str:
     """
     digest = hashlib.sha256(pipeline.unconditional.encode())
     for i, stage in enumerate(pipeline.stages):
-        facts = (stage.name, stage.size, stage.prediction, stage.guidance, stage.low_res_level)
+        facts: tuple[Any, ...] = (
+            stage.name,
+            stage.size,
+            stage.prediction,
+            stage.guidance,
+            stage.low_res_level,
+        )
         later = (stage.sampler, stage.steps) if i else ()
         if stage.cache is not None:
             facts += (stage.cache,)

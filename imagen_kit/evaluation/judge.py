@@ -19,7 +19,7 @@ from torch import Tensor
 from imagen_kit.data.pocket.scenes import Scene
 from imagen_kit.data.pocket.vocabulary import BACKGROUNDS, COLORS, SIZES
 from imagen_kit.errors import KitError
-from imagen_kit.evaluation.regions import Regions, regions
+from imagen_kit.evaluation.regions import Regions, largest, regions
 from imagen_kit.evaluation.templates import fit, templates
 
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "relation", "all")
@@ -266,7 +266,7 @@ class Judge:
     def _objects(self, difference: Tensor, contrast: Tensor, found: Regions, large: Tensor) -> _Objects:
         """Cut a window around each object and turn colours into coverage."""
         h = contrast.shape[-1]
-        keep = _largest(found, large, most=4)
+        keep = largest(found, large, most=4)
         color = _solid_color(difference, contrast, found)[keep]  # relative to the background
         box, picture = found.box[keep].float(), found.picture[keep]
         p = 2 * int(0.26 * h) + 4  # no object of a known size is longer; even
@@ -341,16 +341,6 @@ def _grow(mask: Tensor, reach: int) -> Tensor:
 def _length(vectors: Tensor, axis: int) -> Tensor:
     # Several times faster than torch's vector norm along a short axis.
     return vectors.square().sum(axis).sqrt()
-
-
-def _largest(found: Regions, large: Tensor, most: int) -> Tensor:
-    """Indices of at most ``most`` large regions a picture, in reading order; noise has thousands."""
-    order = torch.argsort(found.area, descending=True)
-    order = order[large[order]]
-    order = order[found.picture[order].argsort(stable=True)]
-    owner = found.picture[order]
-    first = torch.searchsorted(owner, owner)
-    return order[torch.arange(len(order)) - first < most].sort().values
 
 
 def _solid_color(difference: Tensor, contrast: Tensor, found: Regions) -> Tensor:

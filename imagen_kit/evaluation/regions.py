@@ -94,3 +94,19 @@ def regions(mask: Tensor) -> Regions:
         area=torch.from_numpy(np.bincount(label, weights=width, minlength=k).astype(np.int64)),
         box=torch.from_numpy(box.T.copy()),
     )
+
+
+def largest(found: Regions, large: Tensor, most: int) -> Tensor:
+    """Indices of at most ``most`` large regions a picture, in reading order; noise has thousands.
+
+    Args:
+        found: k regions of b pictures.
+        large: (k,) bool, those that count.
+        most: how many of a picture are kept.
+    """
+    order = torch.argsort(found.area, descending=True)
+    order = order[large[order]]
+    order = order[found.picture[order].argsort(stable=True)]
+    owner = found.picture[order]
+    first = torch.searchsorted(owner, owner)
+    return order[torch.arange(len(order)) - first < most].sort().values

@@ -34,11 +34,6 @@ class Entry:
     cache: Any = OWN
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What a subject is told besides the sampler."""
-        return {} if self.cache == OWN else {"cache": self.cache}
-
-    @property
     def facts(self) -> dict[str, Any]:
         """``name``, ``order`` and ``options``, as JSON writes them, those of a cache among the options."""
         options = _plain(self.sampler)

@@ -28,6 +28,7 @@ from imagen_kit.pipeline import Pipeline
 from imagen_kit.samplers import grid
 
 Tick = Callable[[], None]
+Cache = StepCache | str | None  # of the first stage; None for none, ``spec.OWN`` for the recipe's
 POCKET = "pocket"
 PROBE = 40  # steps; samplers that restart do so in many steps only
 READABLE = 16  # pixels; the judge reads no smaller pictures
@@ -70,16 +71,22 @@ class Subject(Protocol):
     def texts(self, seed: int) -> list[str]:
         """The prompts of repetition ``seed``, if any."""
 
-    def check(self, sampler: Any, guidance: float | None, **settings: Any) -> None:
-        """KitError unless the sampler can be guided at this scale, and has these settings (``cache``)."""
+    def check(self, sampler: Any, guidance: float | None, cache: Cache = spec.OWN) -> None:
+        """KitError unless the sampler can be guided at this scale, and the network has a place for the cache."""
 
     def calls(self, sampler: Any, steps: int) -> int:
         """Network calls of ``draw``, for a progress bar."""
 
     def draw(
-        self, sampler: Any, steps: int, guidance: float | None, seed: int, tick: Tick, **settings: Any
+        self,
+        sampler: Any,
+        steps: int,
+        guidance: float | None,
+        seed: int,
+        tick: Tick,
+        cache: Cache = spec.OWN,
     ) -> Drawn:
-        """The n results of one setting; ``cache`` is a step cache of the first stage, or None for none."""
+        """The n results of one setting; ``cache`` is of the first stage, None for none."""
 
     def exact(self, seed: int) -> Drawn | None:
         """The exact solution for the noise of ``seed``; None where only a sampler can come near it."""
@@ -160,7 +167,7 @@ class RecipeSubject:
             -self.n // (self.batch_size or self.n)
         )
 
-    def check(self, sampler: Any, guidance: float | None, cache: StepCache | str | None = spec.OWN) -> None:
+    def check(self, sampler: Any, guidance: float | None, cache: Cache = spec.OWN) -> None:
         base = self.pipeline.stages[0]
         own = base.guidance
         renoised(sampler, own if guidance is None else rescaled_stack(own, guidance))
@@ -174,7 +181,7 @@ class RecipeSubject:
         guidance: float | None,
         seed: int,
         tick: Tick,
-        cache: StepCache | str | None = spec.OWN,
+        cache: Cache = spec.OWN,
     ) -> Drawn:
         prompts, seeds = self.texts(seed), [seed * self.n + i for i in range(self.n)]
         return draw(self.pipeline, prompts, seeds, sampler, steps, guidance, self.batch_size, tick, cache)
@@ -239,14 +246,24 @@ class AnalyticSubject:
     def texts(self, seed: int) -> list[str]:
         return []
 
-    def check(self, sampler: Any, guidance: float | None) -> None:
+    def check(self, sampler: Any, guidance: float | None, cache: Cache = spec.OWN) -> None:
+        if isinstance(cache, StepCache):
+            raise KitError(f"{self.name} has no network whose blocks a cache could leave out")
         if guidance is not None:
             raise KitError(f"{self.name} has no guidance to scale; leave it out")
 
     def calls(self, sampler: Any, steps: int) -> int:
         return evaluations(sampler, self.schedule, steps)
 
-    def draw(self, sampler: Any, steps: int, guidance: float | None, seed: int, tick: Tick) -> Drawn:
+    def draw(
+        self,
+        sampler: Any,
+        steps: int,
+        guidance: float | None,
+        seed: int,
+        tick: Tick,
+        cache: Cache = spec.OWN,
+    ) -> Drawn:
         ideal, calls = self.problem.denoise(self.schedule), 0
 
         def counted(x: Tensor, t: float | Tensor) -> Tensor:

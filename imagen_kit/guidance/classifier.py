@@ -30,7 +30,9 @@ def gradient(network: Network) -> Network:
     return slope
 
 
-@register("classifier", extra_evaluations="1 of the classifier, and its gradient; none at scale 0", works_in="eps")
+@register(
+    "classifier", extra_evaluations="1 of the classifier, and its gradient; none at scale 0", works_in="eps"
+)
 @dataclass(frozen=True)
 class Classifier(Guidance):
     """eps − scale·sigma·∇ log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 2, for any alpha and sigma).

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from imagen_kit.errors import KitError
-from imagen_kit.samplers.base import Generators, gaussian
 from imagen_kit.samplers.execution import chooser
+from imagen_kit.samplers.noise import Generators, gaussian
 from imagen_kit.samplers.tableau import Tableau, working_dtype
 
 

@@ -25,16 +25,14 @@ class _Clock:
     """Seconds that this process has spent in torch.compile, counted by the compiler's own callbacks."""
 
     def __init__(self) -> None:
-        self.seconds, self._began, self._listening = 0.0, 0.0, False
+        self.seconds, self._began = 0.0, 0.0
 
     def listen(self) -> None:
-        if self._listening:
-            return
         from torch._dynamo.callback import callback_handler
 
-        callback_handler.register_start_callback(self._start)
-        callback_handler.register_end_callback(self._end)
-        self._listening = True
+        if self._start not in callback_handler.start_callbacks:  # torch._dynamo.reset() forgets all of them
+            callback_handler.register_start_callback(self._start)
+            callback_handler.register_end_callback(self._end)
 
     def _start(self, *_: Any) -> None:
         self._began = time.perf_counter()

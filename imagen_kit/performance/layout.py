@@ -20,7 +20,7 @@ def lay_out(module: nn.Module, memory_format: str) -> None:
     last = memory_format == "channels_last"
     module.to(memory_format=FORMATS[memory_format])  # type: ignore[call-overload]
     if hasattr(module, "channels_last"):
-        module.channels_last = last
+        module.channels_last = last  # type: ignore[assignment]
     elif last:
         module.layout_hooks = [module.register_forward_pre_hook(_turn)]  # type: ignore[assignment]
 

@@ -105,10 +105,12 @@ class Remade:
         self.put()
 
     def take(self) -> None:
-        _fill(self.module, _tensors(self.make()))
+        fresh = self.make()
+        _fill(self.module, _tensors(fresh))
+        _empty(fresh)  # or what refers to itself in it would hold the weights beyond their turn
 
     def put(self) -> None:
-        _fill(self.module, {name: _without_memory(tensor) for name, tensor in _tensors(self.module).items()})
+        _empty(self.module)
 
 
 class Carried:
@@ -189,5 +191,5 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         owner._parameters[leaf] = same.setdefault(id(held), fresh)
 
 
-def _without_memory(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
+def _empty(module: nn.Module) -> None:
+    _fill(module, {name: torch.empty_like(t, device="meta") for name, t in _tensors(module).items()})

@@ -56,7 +56,9 @@ def layers(block: nn.Module) -> list[nn.Linear]:
     """The linear layers of a block that are quantised: all over tokens, of fitting widths."""
     found = []
     for name, layer in block.named_modules():
-        fits = type(layer) is nn.Linear and not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)
+        fits = type(layer) is nn.Linear and not (
+            layer.in_features % MULTIPLE or layer.out_features % MULTIPLE
+        )
         if fits and not any(part in UNTOUCHED for part in name.split(".")):
             found.append(layer)
     return found  # type: ignore[return-value]

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LARGEST = 127
+# Weights that a CPU turns into floats at a time, so few that they are still in its cache when they are used: of a
+# layer of 4096 × 10240 and 77 tokens on one thread in bfloat16, 41 ms in place of 80 (34 with floats at hand).
+IN_CACHE = 2**21
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,21 +31,35 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """A linear layer without bias, its weight in eight bits: y = (x qᵀ) · s. The input may be of any float dtype.
 
+    Its weight is zero until ``take`` gives it one: room for many is best taken before that for what they are made
+    from, or memory ends up in pieces.
+
     Args:
-        weight: (out, in), floating.
+        in_features, out_features: as of ``torch.nn.Linear``.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, in_features: int, out_features: int):
         super().__init__()
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(out_features))
+
+    def take(self, weight: Tensor) -> Int8Linear:
+        """Stand for ``weight`` (out, in), of any float dtype."""
         whole, scale = quantised(weight)
-        self.register_buffer("weight", whole)
-        self.register_buffer("scale", scale)
+        self.weight.copy_(whole)
+        self.scale.copy_(scale)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+        rows, columns = self.weight.shape
+        if x.device.type == "cpu":
+            rows = max(1, IN_CACHE // columns)
+        parts = [F.linear(x, some.to(x.dtype)) for some in self.weight.split(rows)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (out * self.scale).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale = self.scale

@@ -170,7 +170,10 @@ class Streamer:
             staged = not isinstance(self.source, Packed)
             self._slots = [_Slot(self._size, self.device, staged) for _ in range(2)]
             self._worker = ThreadPoolExecutor(1, "weights")
-            self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            if self.device.type == "cuda":
+                self._side = torch.cuda.Stream(self.device)
+                # The room may have been something else's until now, whose last use is still to come.
+                self._side.wait_stream(torch.cuda.current_stream(self.device))
         for slot in self._slots:
             if slot.block == index:
                 return slot

@@ -42,7 +42,7 @@ def registries() -> dict[str, Registry]:
     """The registry of each part that a recipe names, by the part's key."""
     from imagen_kit import caches, codecs, data, denoisers, guidance, samplers, schedules, text_encoders
 
-    kinds = {
+    return {
         "data": data.registry,
         "text_encoder": text_encoders.registry,
         "schedule": schedules.registry,
@@ -50,10 +50,8 @@ def registries() -> dict[str, Registry]:
         "denoiser": denoisers.registry,
         "sampler": samplers.registry,
         "guidance": guidance.registry,
+        "cache": caches.registry,
     }
-    if hasattr(caches, "registry"):
-        kinds["cache"] = caches.registry
-    return kinds
 
 
 def wired(

@@ -12,9 +12,11 @@ from torch import nn
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import Fault
 from imagen_kit.hollow import hollow
+from imagen_kit.recipe.counting import Operations
 from imagen_kit.recipe.spec import StageSpec
 
 AT_ONCE = 4e10  # parameters times pixels, so more than the multiplications, that a CPU does while one blinks
+
 
 def evaluate(
     module: nn.Module,
@@ -82,11 +84,9 @@ def flops(
     tokens: int,
 ) -> int | None:
     """Floating-point operations of one evaluation, a multiply-add being two; None where it cannot be tried."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     try:
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             evaluate(module, stage, known, options, classes, tokens)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
         return None
-    return counter.get_total_flops()
+    return counter.flops

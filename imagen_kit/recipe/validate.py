@@ -62,8 +62,7 @@ def part_faults(data: dict[str, Any]) -> Iterator[Fault]:
         for key in PART_KEYS:
             wired = check.WIRED if key == "denoiser" else ()
             yield from check.option_faults(kinds[key], stage.get(key), f"{path}.{key}", wired)
-        if "cache" in kinds:
-            yield from check.option_faults(kinds["cache"], stage.get("cache"), f"{path}.cache")
+        yield from check.option_faults(kinds["cache"], stage.get("cache"), f"{path}.cache")
         yield from check.option_faults(
             kinds["text_encoder"], stage.get("text_encoder"), f"{path}.text_encoder"
         )

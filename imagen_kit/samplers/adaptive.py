@@ -12,7 +12,8 @@ from torch import Tensor
 from imagen_kit.errors import KitError
 from imagen_kit.samplers import grid as grids
 from imagen_kit.samplers import register
-from imagen_kit.samplers.base import Generators, Grid, Sampler, begin
+from imagen_kit.samplers.asked import Asked
+from imagen_kit.samplers.base import Sampler, begin
 from imagen_kit.samplers.nonlinear import no_tableau
 from imagen_kit.samplers.tableau import Callback, Denoise, Noise, Tableau, working_dtype
 from imagen_kit.schedules.base import Schedule
@@ -101,41 +102,26 @@ class DpmAdaptive(Sampler):
         """Always raises: the number of evaluations is known after a run only."""
         raise no_tableau(self.name, "takes as many evaluations as its tolerances ask for")
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        schedule: Schedule,
-        steps: int | None = None,
-        *,
-        timesteps: Grid | None = None,
-        sigmas: Grid | None = None,
-        nfe: int | None = None,
-        generator: Generators | None = None,
-        noise: Noise | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        if nfe is not None:
+    def _sample(self, denoise: Denoise, x: Tensor, schedule: Schedule, asked: Asked) -> Tensor:
+        if asked.nfe is not None:
             raise KitError("sampler 'dpm_adaptive' keeps to tolerances, not to nfe; give rtol and atol")
-        source = self.noise_source(x, generator, noise)
-        rows = grids.each_sample(timesteps, sigmas, len(x) if x.ndim else 0)
-        which = "sigmas" if timesteps is None else "timesteps"
+        rows = grids.each_sample(asked.timesteps, asked.sigmas, len(x) if x.ndim else 0)
         if rows is None:
-            grid = [self.points(schedule, steps, timesteps, sigmas)] * len(x)
+            grid = [self.points(schedule, asked.steps, asked.timesteps, asked.sigmas)] * len(x)
         else:
-            grid = [self.points(schedule, steps, **{which: row}) for row in rows]
+            grid = [self.points(schedule, asked.steps, **{asked.which: row}) for row in rows]
         if any(points[0].alpha == 0 for points in grid):
             raise KitError(
                 f"sampler 'dpm_adaptive' does not fit schedule {schedule.name!r} starting at "
                 f"t={grid[0][0].t:g} (alpha = 0); try 'ddim'"
             )
-        run = _Adaptive(self, schedule, grid, begin(denoise, _times(grid, x), generator), x)
-        state = run.run(x.to(working_dtype(x)), source, callback)
+        run = _Adaptive(self, schedule, grid, begin(denoise, _times(grid, x), asked.generator), x)
+        state = run.run(x.to(working_dtype(x)), asked.noise, asked.callback)
         if grid[0][-1].sigma == 0:
             clean = grid[0][-1]
             state = clean.alpha * run.x0(state, run.place(run.end))
-            if callback is not None:
-                callback(run.attempts, state.to(x.dtype), state.to(x.dtype))
+            if asked.callback is not None:
+                asked.callback(run.attempts, state.to(x.dtype), state.to(x.dtype))
         return state.to(x.dtype)
 
 

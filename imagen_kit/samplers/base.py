@@ -15,14 +15,13 @@ from torch import Tensor
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.samplers import batched, step_lists
 from imagen_kit.samplers import grid as grids
+from imagen_kit.samplers.asked import Asked, Grid, source
 from imagen_kit.samplers.grid import GridOptions, Point
-from imagen_kit.samplers.noise import Generators, gaussian
+from imagen_kit.samplers.noise import Generators
 from imagen_kit.samplers.tableau import Callback, Denoise, Form, Noise, Row, Tableau, without_waste
 from imagen_kit.schedules.base import Schedule
 
 FINALS = ("zero", "sigma_min")
-#: Noisiest first: n numbers, or for ``sample`` (b, n): a grid for every sample.
-Grid = Sequence[float] | Tensor
 
 
 class Run:
@@ -323,29 +322,22 @@ class Sampler:
         Returns:
             The sample, of x's shape and dtype: alpha x0 + sigma noise at the grid's end, x0 at the clean end.
         """
-        source = self.noise_source(x, generator, noise)
-        each = grids.each_sample(timesteps, sigmas, len(x) if x.ndim else 0)
+        noise = source(x, generator, noise)
+        asked = Asked(steps, timesteps, sigmas, nfe, generator, noise, callback)
+        return self._sample(denoise, x, schedule, asked)
+
+    def _sample(self, denoise: Denoise, x: Tensor, schedule: Schedule, asked: Asked) -> Tensor:
+        """``sample``, its arguments checked; what samplers without a tableau write anew."""
+        each = grids.each_sample(asked.timesteps, asked.sigmas, len(x) if x.ndim else 0)
         if each is None:
-            tableau = self.tableau(schedule, steps, timesteps, sigmas, nfe=nfe)
-            denoise = begin(denoise, tableau.times, generator, tableau.plan.parts)
-            return tableau.run(denoise, x, source, callback)
-        which = "sigmas" if timesteps is None else "timesteps"
-        tableaus = [self.tableau(schedule, steps, **{which: row}, nfe=nfe) for row in each]  # type: ignore[arg-type]
+            tableau = self.tableau(schedule, asked.steps, asked.timesteps, asked.sigmas, nfe=asked.nfe)
+            denoise = begin(denoise, tableau.times, asked.generator, tableau.plan.parts)
+            return tableau.run(denoise, x, asked.noise, asked.callback)
+        rows = [{asked.which: row} for row in each]
+        tableaus = [self.tableau(schedule, asked.steps, **row, nfe=asked.nfe) for row in rows]  # type: ignore[arg-type]
         plan = batched.plan(tableaus, x)
-        denoise = begin(denoise, batched.times(tableaus, x), generator, plan.parts)
-        return plan.run(denoise, x, source, callback)
-
-    def noise_source(self, x: Tensor, generator: Generators | None, noise: Noise | None) -> Noise:
-        """Where a run on ``x`` draws its noise from, by the arguments of ``sample``; checks them.
-
-        Raises:
-            KitError: x of whole numbers, both sources given, or generators that do not fit the batch.
-        """
-        if not x.is_floating_point():
-            raise KitError(f"a sampler needs a floating-point x, not {x.dtype}")
-        if noise is not None and generator is not None:
-            raise KitError("give either noise or a generator, not both")
-        return noise or gaussian(x, generator)
+        denoise = begin(denoise, batched.times(tableaus, x), asked.generator, plan.parts)
+        return plan.run(denoise, x, asked.noise, asked.callback)
 
 
 def begin(

@@ -11,7 +11,8 @@ import numpy as np
 from imagen_kit.errors import KitError
 from imagen_kit.samplers import register
 from imagen_kit.samplers.ancestral import ddim_step
-from imagen_kit.samplers.base import Grid, Run, Sampler
+from imagen_kit.samplers.asked import Grid
+from imagen_kit.samplers.base import Run, Sampler
 from imagen_kit.samplers.grid import Point
 from imagen_kit.samplers.tableau import Form
 from imagen_kit.schedules.base import Schedule

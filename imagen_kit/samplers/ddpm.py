@@ -16,10 +16,11 @@ from torch import Tensor
 from imagen_kit.errors import KitError
 from imagen_kit.samplers import grid as grids
 from imagen_kit.samplers import register
-from imagen_kit.samplers.base import Generators, Grid, Run, Sampler, begin
+from imagen_kit.samplers.asked import Asked
+from imagen_kit.samplers.base import Generators, Run, Sampler, begin
 from imagen_kit.samplers.grid import Point
 from imagen_kit.samplers.nonlinear import no_tableau
-from imagen_kit.samplers.tableau import Callback, Denoise, Form, Noise, Tableau, working_dtype
+from imagen_kit.samplers.tableau import Denoise, Form, Noise, Tableau, working_dtype
 from imagen_kit.schedules.base import Schedule
 
 VARIANCES = {"fixed_small": 0.0, "fixed_large": 1.0}
@@ -93,43 +94,20 @@ class Ddpm(Sampler):
     def nfe(self, steps: int) -> int:
         return super().nfe(steps) if self.linear else self.fixed.nfe(steps)
 
-    def sample(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        schedule: Schedule,
-        steps: int | None = None,
-        *,
-        timesteps: Grid | None = None,
-        sigmas: Grid | None = None,
-        nfe: int | None = None,
-        generator: Generators | None = None,
-        noise: Noise | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid: dict[str, Any] = {"timesteps": timesteps, "sigmas": sigmas}
+    def _sample(self, denoise: Denoise, x: Tensor, schedule: Schedule, asked: Asked) -> Tensor:
         if self.linear:
-            return super().sample(
-                denoise,
-                x,
-                schedule,
-                steps,
-                **grid,
-                nfe=nfe,
-                generator=generator,
-                noise=noise,
-                callback=callback,
-            )
+            return super()._sample(denoise, x, schedule, asked)
         if not hasattr(denoise, "with_variance"):
             raise KitError(
                 f"sampler 'ddpm' with variance={self.variance!r} needs a denoiser with a learned variance, "
                 "denoise.with_variance(x, t); use variance='fixed_small' or 'fixed_large'"
             )
-        source = self.noise_source(x, generator, noise)
-        steps = self.fixed.budget(schedule, steps, timesteps, sigmas, nfe)
+        grid: dict[str, Any] = {"timesteps": asked.timesteps, "sigmas": asked.sigmas}
+        steps = self.fixed.budget(schedule, asked.steps, asked.timesteps, asked.sigmas, asked.nfe)
         spans = self._spans(x, schedule, steps, grid)
-        learned = _Learned(denoise, generator, source, spans, self.variance == "learned")
-        return self.fixed.sample(learned, x, schedule, steps, **grid, noise=learned.noise, callback=callback)
+        learned = _Learned(denoise, asked.generator, asked.noise, spans, self.variance == "learned")
+        rest = replace(asked, steps=steps, nfe=None, generator=None, noise=learned.noise)
+        return self.fixed._sample(learned, x, schedule, rest)
 
     def _spans(self, x: Tensor, schedule: Schedule, steps: int | None, grid: dict[str, Any]) -> Spans:
         """Log of the small and of the large variance of every step; tensors (b,) where samples have grids."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from imagen_kit.errors import KitError
-from imagen_kit.samplers.base import Generators, begin, gaussian
+from imagen_kit.samplers.base import begin
+from imagen_kit.samplers.noise import Generators, gaussian
 from imagen_kit.samplers.tableau import Denoise, Noise, Tableau
 
 #: Runs before the capture, in which libraries choose their kernels and allocate their workspaces.

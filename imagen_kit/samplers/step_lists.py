@@ -54,7 +54,9 @@ def _spacing(name: str, schedule: Schedule, steps: int, closed: bool, options: A
         raise KitError(f"spacing {name!r} is a list of whole times; schedule {schedule.name!r} is continuous")
     if steps + closed != LENGTHS[name]:
         wanted = LENGTHS[name] - closed
-        raise KitError(f"spacing {name!r} is a list of {LENGTHS[name]} times: steps must be {wanted}, not {steps}")
+        raise KitError(
+            f"spacing {name!r} is a list of {LENGTHS[name]} times: steps must be {wanted}, not {steps}"
+        )
     return np.array(times(name, schedule.discrete), dtype=np.float64)
 
 

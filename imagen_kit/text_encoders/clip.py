@@ -30,6 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "vit-b-32": (512, 2048, 8, 12, 512, "quick_gelu"),
         "vit-l-14": (768, 3072, 12, 12, 768, "quick_gelu"),
         "vit-h-14": (1024, 4096, 16, 24, 1024, "gelu"),
+        "vit-h-14-sd2": (1024, 4096, 16, 23, 512, "gelu"),  # without the last layer, which SD 2 does not read
         "vit-bigg-14": (1280, 5120, 20, 32, 1280, "gelu"),
     }.items()
 }
@@ -47,9 +48,9 @@ class ClipTextEncoder(TransformerEncoder):
         weights: a folder in the Hugging Face layout (``config.json``, ``model.safetensors``; a text tower or
             a whole CLIP), ``package:...``, a hub id (``owner/name``, further segments name a folder in it),
             or ``random``.
-        size: for random weights: ``tiny``, ``vit-b-32``, ``vit-l-14``, ``vit-h-14``, ``vit-bigg-14``, or a
-            dict of config fields. Default ``tiny``. Beside other weights it is what they must have, known
-            without them.
+        size: for random weights: ``tiny``, ``vit-b-32``, ``vit-l-14``, ``vit-h-14``, ``vit-h-14-sd2`` (Stable
+            Diffusion 2's), ``vit-bigg-14``, or a dict of config fields. Default ``tiny``. Beside other weights it
+            is what they must have, known without them.
         tokenizer: ``auto`` (the folder's own, else the byte-pair vocabulary that open_clip ships), ``bpe``,
             ``bytes``, or a folder or hub id. Ids are folded into a smaller vocabulary of random weights.
         max_length: most tokens of a prompt, start and end included; None for the tower's own (77).

@@ -132,6 +132,10 @@ class T5SelfAttention(nn.Module):
 class T5FeedForward(nn.Module):
     """wo(act(wi x)), or gated: wo(act(wi_0 x) · wi_1 x)."""
 
+    wi: Any
+    wi_0: Any
+    wi_1: Any
+
     def __init__(self, settings: T5Settings):
         super().__init__()
         self.gated, self.act = settings.gated, ACTIVATIONS[settings.activation]

@@ -110,7 +110,8 @@ def _quantise(network: T5Network, source: Any, dtype: torch.dtype) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 key = f"{path}.{name}.weight"
-                setattr(module, name, Int8Linear(source.get(key)))
+                layer = Int8Linear(child.in_features, child.out_features)
+                setattr(module, name, layer.take(source.get(key)))
                 source.release(key)
 
 

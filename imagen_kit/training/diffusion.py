@@ -153,7 +153,7 @@ class DiffusionTask:
         t = draw_times(config.times, n, self.schedule, generator)
         keep = torch.rand(n, generator=generator) >= config.text_dropout
         text = self._text(examples.captions, keep, device)
-        shown: Mapping[str, Tensor] = {}
+        shown: Mapping[str, Any] = {}
         if examples.low_res is not None:
             low, high = config.low_res_level
             level = (low + (high - low) * torch.rand(n, generator=generator)).to(device)
@@ -187,7 +187,7 @@ class DiffusionTask:
         generator = torch.Generator().manual_seed(0)
         told = self._text(examples.captions, torch.ones(n, dtype=torch.bool), device)
         null = self._text(examples.captions, torch.zeros(n, dtype=torch.bool), device)
-        shared: Mapping[str, Tensor] = {}
+        shared: Mapping[str, Any] = {}
         if examples.low_res is not None:
             side = self.stage.size // self.codec.factor
             grain = torch.randn(n, 3, side, side, generator=generator).to(device)

@@ -16,7 +16,6 @@ PLUGIN = Path(__file__).parent / "plugin"
 @pytest.fixture(scope="session")
 def imports():
     """What rows import, frozen as a worker does it: every row collects garbage."""
-    import torch._dynamo
 
     subjects.names()
     gc.collect()

@@ -69,7 +69,10 @@ def test_a_training_step_is_three_times_the_forward_pass_and_attention_three_and
 def test_a_whole_network_agrees_with_torchs_own_counter(grad):
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(2), nn.TransformerEncoderLayer(64, 4, 32, 0.0, batch_first=True)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.SiLU(),
+        nn.Flatten(2),
+        nn.TransformerEncoderLayer(64, 4, 32, 0.0, batch_first=True),
     ).eval()
     x = torch.randn(2, 3, 8, 8)
 

@@ -35,6 +35,7 @@ class Hand:
     """A crew that writes rows without a process."""
 
     measured: list[str] = []
+    limits: list[float] = []
 
     def __init__(self, plan, results):
         results.content["ceilings"] = results.content["ceilings"] or TOP
@@ -45,10 +46,11 @@ class Hand:
     def __exit__(self, *_):
         pass
 
-    def measure(self, case):
+    def measure(self, case, limit):
         from imagen_kit.bench.measure import blank
 
         Hand.measured.append(case.id)
+        Hand.limits.append(limit)
         return blank(case, {"wrong": FAILED, "greedy": NO_MEMORY}.get(case.name, OK))
 
 
@@ -84,8 +86,8 @@ def test_a_row_that_does_not_end_is_given_up(fakes, tmp_path):
     (tmp_path / "r.json").write_text("{}")
     results = store.Results(tmp_path / "r.json", store.environment(CPU), QUICK, fresh=True)
     results.content["ceilings"] = TOP
-    with engine.Crew(plan(case("stuck"), protocol=Protocol(limit=8.0)), results) as crew:
-        row = crew.measure(case("stuck"))
+    with engine.Crew(plan(case("stuck")), results) as crew:
+        row = crew.measure(case("stuck"), 8.0)
     assert (row["status"], row["reason"]) == (FAILED, "took longer than 8 s")
 
 
@@ -111,7 +113,10 @@ def test_rows_outside_of_the_selection_stay(by_hand, tmp_path):
     ("change", "said"),
     [
         (lambda content: content["environment"].update(device="Abacus"), "device = 'Abacus', not "),
-        (lambda content: content["environment"]["versions"].update(torch="1.0"), "versions.torch = '1.0', not "),
+        (
+            lambda content: content["environment"]["versions"].update(torch="1.0"),
+            "versions.torch = '1.0', not ",
+        ),
         (lambda content: content["environment"]["versions"].update(jax="3"), "versions.jax = '3', not None"),
         (lambda content: content["environment"].update(threads=99), "threads = 99, not "),
         (lambda content: content["protocol"].update(least=77), "least = 77, not 2"),
@@ -132,7 +137,11 @@ def test_results_of_another_machine_are_refused_and_overwritten_on_demand(by_han
 
 def test_other_files_are_not_taken_for_results(by_hand, tmp_path):
     file = tmp_path / "r.json"
-    for text, said in (("{}", "is not a results file"), ("{", "is not JSON"), ("[]", "is not a results file")):
+    for text, said in (
+        ("{}", "is not a results file"),
+        ("{", "is not JSON"),
+        ("[]", "is not a results file"),
+    ):
         file.write_text(text)
         with pytest.raises(KitError, match=said):
             engine.run(plan(case("matmul")), file)
@@ -147,10 +156,12 @@ def test_rows_that_would_begin_too_late_wait_for_the_next_call(by_hand, tmp_path
     def told(row, done, total):
         now[0] += 10
 
-    content = engine.run(plan(*cases, budget=15.0), tmp_path, told=told)
+    monkeypatch.setattr(Hand, "limits", [])
+    content = engine.run(plan(*cases, budget=15.0, protocol=Protocol(limit=52.0)), tmp_path, told=told)
+    assert Hand.limits == [52.0, 15.0 - 10.0 + engine.GRACE]
     assert [row["name"] for row in content["rows"]] == ["matmul", "copy"]
     assert content["not_run"] == [cases[2].id]
-    content = engine.run(plan(*cases, budget=15.0), tmp_path, told=told)
+    content = engine.run(plan(*cases, budget=15.0, protocol=Protocol(limit=52.0)), tmp_path, told=told)
     assert [row["name"] for row in content["rows"]] == ["matmul", "copy", "loop"]
     assert content["not_run"] == []
     assert content["seconds"] == 10.0  # what was told after each row is not in it

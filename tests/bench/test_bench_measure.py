@@ -153,3 +153,28 @@ def test_energy_is_read_where_the_protocol_asks(fakes, monkeypatch):
     protocol = Protocol(least=2, most=2, energy_seconds=1e-9)
     row = Measurer(build, torch.device("cpu"), protocol)(Case("fake", "copy", {}))
     assert row["entries"]["imagen_kit"]["joules"] == 1.0
+
+
+def test_what_cannot_be_counted_is_timed_all_the_same(measure, fakes, monkeypatch):
+    class Opaque(fakes.Fake):
+        def eager(self):
+            raise NotImplementedError("no such kernel")
+
+    monkeypatch.setitem(
+        fakes.FAKES, "copy", lambda n: {"imagen_kit": Opaque(lambda: torch.zeros(n), note="fast")}
+    )
+    row = measure("copy")
+    entry = row["entries"]["imagen_kit"]
+    assert row["status"] == OK
+    assert entry["seconds"]["median"] > 0
+    assert entry["flops"] is entry["bytes"] is entry["tflops"] is None
+    assert entry["note"] == "fast; not counted: NotImplementedError: no such kernel"
+
+
+def test_compiled_code_is_not_thrown_away_within_a_row(measure, fakes, monkeypatch):
+    import torch._dynamo
+
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    measure("late")
+    assert len(resets) == 1  # after the row, though a peer failed within it

@@ -40,7 +40,7 @@ def refused(command, monkeypatch):
     """Run a command that must be refused before anything is sampled; the line it says."""
 
     def run(*words):
-        monkeypatch.setattr("imagen_kit.pipeline.Pipeline._sample", lambda *a, **k: pytest.fail("it sampled"))
+        monkeypatch.setattr("imagen_kit.pipeline.Pipeline._latents", lambda *a, **k: pytest.fail("it sampled"))
         code, out, err = command(*words)
         assert code == 2
         assert out == ""
@@ -200,7 +200,7 @@ def test_interrupted_sampling_leaves_nothing(command, tmp_path, monkeypatch):
     def interrupt(*args, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imagen_kit.pipeline.Pipeline._sample", interrupt)
+    monkeypatch.setattr("imagen_kit.pipeline.Pipeline._latents", interrupt)
     code, _, err = command("generate", PROMPT, "--recipe", "tiny", "-o", tmp_path / "d" / "a.png")
     assert code == 130
     assert "Traceback" not in err

@@ -28,7 +28,7 @@ def refused(command, monkeypatch):
     """Run a command that must be refused before anything is drawn; the line it says."""
 
     def run(*words):
-        monkeypatch.setattr("imagen_kit.pipeline.Pipeline._sample", lambda *a, **k: pytest.fail("it drew"))
+        monkeypatch.setattr("imagen_kit.pipeline.Pipeline._latents", lambda *a, **k: pytest.fail("it drew"))
         monkeypatch.setattr(
             "imagen_kit.evaluation.subjects.AnalyticSubject.draw", lambda *a, **k: pytest.fail("it drew")
         )

@@ -87,14 +87,24 @@ def test_published_files_are_told_by_their_shapes(side):
     shapes = formats.Shapes({key: tuple(value.shape) for key, value in tensors.items()})
     assert formats.detect(shapes).format.name == "adm_classifier_official"
     found = formats.get("adm_classifier_official").configure(shapes, None)
-    assert found == {**published(side), "num_classes": 1000, "in_channels": 3, "head_dim": 64, "_per_head": True}
+    assert found == {
+        **published(side),
+        "num_classes": 1000,
+        "in_channels": 3,
+        "head_dim": 64,
+        "_per_head": True,
+    }
 
 
 def test_what_a_file_needs():
     """tests/data/checkpoints holds an official one that is run."""
     config = {
-        **{"image_size": 16, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2]},
-        **{"attention_resolutions": [2], "num_head_channels": 16},
+        "image_size": 16,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": [1, 2],
+        "attention_resolutions": [2],
+        "num_head_channels": 16,
     }
     levels = [{"channels": 32, "blocks": 1}, {"channels": 64, "blocks": 1, "attention": True}]
     told = {"num_classes": 3, "image_size": 16, "levels": levels, "embed_dim": 32, "head_dim": 16}
@@ -107,7 +117,8 @@ def test_what_a_file_needs():
         checkpoints.from_state_dict(tensors, config={**config, "pool": "adaptive"})
     with pytest.raises(KitError, match=r"input_blocks\.3\.1\.qkv\.weight"):
         checkpoints.from_state_dict(
-            {key: value for key, value in tensors.items() if key != "input_blocks.3.1.qkv.weight"}, config=config
+            {key: value for key, value in tensors.items() if key != "input_blocks.3.1.qkv.weight"},
+            config=config,
         )
 
 

@@ -122,8 +122,13 @@ def test_compressed_keys_are_those_of_the_coarser_grid():
     attend = CompressedAttention(8, 2, 2)
     x = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(1))
     q, k, v = attend.qkv(x).chunk(3, -1)
-    blocks = [[(2 * i + a) * 6 + 2 * j + b for a in (0, 1) for b in (0, 1)] for i in range(2) for j in range(3)]
-    k, v = (torch.nn.functional.layer_norm(torch.stack([p[:, c].mean(1) for c in blocks], 1), (8,)) for p in (k, v))
+    blocks = [
+        [(2 * i + a) * 6 + 2 * j + b for a in (0, 1) for b in (0, 1)] for i in range(2) for j in range(3)
+    ]
+    k, v = (
+        torch.nn.functional.layer_norm(torch.stack([p[:, c].mean(1) for c in blocks], 1), (8,))
+        for p in (k, v)
+    )
     heads = []
     for head in (slice(0, 4), slice(4, 8)):
         weights = (q[..., head] @ k[..., head].transpose(1, 2) / 2).softmax(-1)

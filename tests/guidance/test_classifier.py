@@ -145,9 +145,9 @@ def test_what_it_needs():
             guidance=Classifier(),
             networks={"classifier": ideal.logits},
         )(noisy(), 300.0)
+    other = problem("edm", "edm")
     with pytest.raises(KitError, match="not of edm"):
-        ideal = problem("edm", "edm")
-        denoiser(ideal, Classifier())
+        denoiser(other, Classifier())
     with pytest.raises(KitError, match="classifier scale must be a number"):
         guidance.create("classifier", scale="1")
     with pytest.raises(KitError, match="classifier network must be a name"):

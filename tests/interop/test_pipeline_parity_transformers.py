@@ -23,6 +23,8 @@ from parity_parts import (
     vae,
 )
 
+from imagen_kit import recipe
+
 STEPS, SIDE = 4, 64
 
 
@@ -299,6 +301,14 @@ def test_dit_by_the_pipeline(dit, scale):
     found = system.ours(["207", "macaw"], seed=SEEDS, sampler="DDIMScheduler", steps=STEPS, guidance=guidance)
     assert wanted.std() > 0.03
     assert (found.tensor - wanted).abs().max() <= ATOL
+
+
+def test_dit_512_is_sampled_as_256_is():
+    small, large = (recipe.load(f"dit-xl-2-{side}").stages[0].model_dump() for side in (256, 512))
+    sizes = {"size", "weights", "codec"}
+    assert {key: small[key] for key in small.keys() - sizes} == {
+        key: large[key] for key in large.keys() - sizes
+    }
 
 
 @pytest.mark.parametrize("case", CLASSES)

@@ -65,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def system(folder: Any) -> Pipeline:
     tiny = f"{{name: adm, out_channels: 6, levels: {LEVELS}"
     attention = "{kind: transformer, heads: 8, cells: false}"
-    levels = f"style: {{resample: conv}}, levels: [{{channels: 32}}, {{channels: 32, attention: {attention}}}]"
+    levels = (
+        f"style: {{resample: conv}}, levels: [{{channels: 32}}, {{channels: 32, attention: {attention}}}]"
+    )
     changes = [
         *("text_encoder.weights=random", "text_encoder.size=tiny"),
         f"stages.0.denoiser={tiny}}}",

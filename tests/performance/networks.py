@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "uvit": {**WIDE, "depth": 4, **TEXT},
 }
 
+
 def make(name: str, seed: int = 0) -> nn.Module:
     """The network in evaluation mode, each layer keeping the variance of what it reads."""
     with torch.random.fork_rng(devices=[]):

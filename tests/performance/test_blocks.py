@@ -14,7 +14,7 @@ from imagen_kit.performance.regions import blocks
     ("name", "kinds"),
     [
         ("unet", {"Unit": 7}),
-        ("adm", {"Unit": 11}),
+        ("adm", {"Unit": 11, "ResBlock": 2}),
         ("dit", {"DiTBlock": 3}),
         ("pixart", {"PixArtBlock": 3}),
         ("mmdit", {"JointBlock": 3}),

@@ -35,7 +35,9 @@ def test_there_and_back(name):
     # float32, convolutions summed in another order: some 1e-6 of the spread
     torch.testing.assert_close(got, want, atol=2e-5 * float(want.std()), rtol=0)
     if name in ("unet", "adm"):
-        assert sum(flags) > 0.9 * len(flags)  # attention gives back a picture that is contiguous in another way
+        assert sum(flags) > 0.9 * len(
+            flags
+        )  # attention gives back a picture that is contiguous in another way
     lay_out(network, "contiguous")
     assert torch.equal(network(*inputs(name)), want)
     assert not network._forward_pre_hooks

@@ -49,6 +49,8 @@ def test_words():
     assert Performance().words() == ""
     assert Performance(dtype="bf16", remember_text=False).words() == "dtype bf16, remember text false"
     assert Performance().brief() == "fp32 eager"
-    told = Performance(dtype="bf16", memory_format="channels_last", compile="blocks", quantise="int8", graph=True)
+    told = Performance(
+        dtype="bf16", memory_format="channels_last", compile="blocks", quantise="int8", graph=True
+    )
     assert told.brief() == "bf16 channels-last int8 compiled-blocks graph"
     assert Performance(memory_format="contiguous", attention="flash").brief() == "fp32 flash eager"

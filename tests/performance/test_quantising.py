@@ -67,12 +67,20 @@ def test_only_layers_over_tokens_are_chosen():
     assert not [key for key in names if any(word in key for word in UNTOUCHED)]
     assert all(key.startswith("blocks.") for key in names)
     ours = {k for block in blocks(make("unet")) for k, p in block.named_modules() if p in layers(block)}
-    assert ours == {"attention.qkv", "attention.context", "attention.out", "attention.mlp.1", "attention.mlp.3"}
+    assert ours == {
+        "attention.qkv",
+        "attention.context",
+        "attention.out",
+        "attention.mlp.1",
+        "attention.mlp.3",
+    }
 
 
 def test_widths_that_kernels_do_not_take_are_left():
     pytest.importorskip("torchao")
-    with pytest.raises(KitError, match="Net has no linear layer in its blocks whose widths are multiples of 16"):
+    with pytest.raises(
+        KitError, match="Net has no linear layer in its blocks whose widths are multiples of 16"
+    ):
         quantise(Net(24), "int8", "cpu")
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imagen_kit.performance import rowwise
 from imagen_kit.performance.rowwise import LARGEST, Int8Linear, quantised
 
 
@@ -31,7 +32,7 @@ def test_a_row_of_zeros_stays_zero():
 def test_a_layer_computes_with_the_weights_it_stands_for():
     torch.manual_seed(0)
     weight, x = torch.randn(24, 32), torch.randn(5, 32)
-    layer = Int8Linear(weight)
+    layer = Int8Linear(32, 24).take(weight)
     stands_for = layer.weight.double() * layer.scale.double()[:, None]
     # float32 sums of 32 products of order 1: some 2⁻²⁴ each.
     torch.testing.assert_close(layer(x).double(), x.double() @ stands_for.T, atol=2e-5, rtol=0)
@@ -46,7 +47,16 @@ def test_a_layer_computes_with_the_weights_it_stands_for():
     torch.testing.assert_close(out.double(), x.bfloat16().double() @ stands_for.T, atol=2**-7, rtol=2**-7)
 
 
+def test_a_large_layer_is_computed_in_pieces(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Int8Linear(16, 23).take(torch.randn(23, 16)), torch.randn(2, 3, 16)
+    whole = layer(x)
+    monkeypatch.setattr(rowwise, "IN_CACHE", 16 * 5)
+    assert layer(x).shape == (2, 3, 23)
+    torch.testing.assert_close(layer(x), whole, atol=1e-5, rtol=0)  # sums of 16 products, in another order
+
+
 def test_memory_is_a_byte_a_weight_and_four_a_row():
-    layer = Int8Linear(torch.randn(8, 64))
+    layer = Int8Linear(64, 8)
     assert sum(v.numel() * v.itemsize for v in layer.state_dict().values()) == 8 * 64 + 8 * 4
     assert not list(layer.parameters())

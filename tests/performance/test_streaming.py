@@ -198,7 +198,7 @@ def test_repeated_blocks_of_a_denoiser_hold_most_of_it_and_run_streamed(name, op
     assert len({id(m) for m in modules}) == len(modules)  # none inside another
     share = sum(p.numel() for block in blocks.values() for p in block.parameters())
     assert share > 0.4 * sum(p.numel() for p in network.parameters())
-    channels = getattr(network, "inputs").in_channels
+    channels = network.inputs.in_channels
     x, t = torch.randn(2, channels, 8, 8), torch.tensor([0.3, 0.7])
     cond = Cond(labels=torch.tensor([0, 1])) if name == "dit" else Cond()
     expected = network(x, t, cond)

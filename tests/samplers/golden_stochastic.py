@@ -39,8 +39,8 @@ class NoisyEnd(Ddpm):
         variance = large if self.variance == "fixed_large" else max(small, LEAST)
         return run.step(end + math.sqrt(variance) * run.noise())
 
-    def _spans(self, *args: Any) -> Tensor:
-        return super()._spans(*args).clamp(min=math.log(LEAST))
+    def _spans(self, *args: Any) -> list[list[float]]:
+        return [[max(log, math.log(LEAST)) for log in pair] for pair in super()._spans(*args)]  # type: ignore[union-attr]
 
 
 def ddpm(golden: Golden) -> Plan:

@@ -131,7 +131,7 @@ def test_peak_of_memory_is_that_of_the_embeddings_and_two_blocks(tmp_path, saved
     slack = 40e6
     assert peak("streamed") < 2 * TABLE + 2 * BLOCK + slack
     whole = TABLE + 12 * BLOCK
-    assert peak("int8") < 2 * TABLE + 12 * BLOCK / 4 + BLOCK / 2 + slack < 0.8 * whole
+    assert peak("int8") < 2 * TABLE + 12 * BLOCK / 4 + BLOCK / 2 + slack < 0.9 * whole
     size = {"d_model": 512, "d_ff": 2048, "num_layers": 12, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
     folder = saved(T5TextEncoder(size=size, tokenizer="bytes").network, tmp_path / "t5")
     from_file = peak("streamed", folder)

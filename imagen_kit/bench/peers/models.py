@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +48,16 @@ class Peer:
             [*words, *(["torch.compile"] if self.compiled else []), *filter(None, [self.note])]
         )
 
-    def works(self, told: Told) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        """(as it is to be run, operation by operation): functions that answer (b, c, h, w)."""
-        call = imagen_pytorch.call(self.model, told)
+    def call(self, told: Told) -> Callable[..., Tensor]:
+        """The model on these inputs, (b, c, h, w); it may be handed what to run in its place."""
         if self.same:
-            call = networks.call(self.model, told, self.network)
-        if not self.compiled:
-            return call, call
-        run_by = torch.compile(self.model)
-        return lambda: call(run_by), call
+            return networks.call(self.model, told, self.network)
+        return imagen_pytorch.call(self.model, told)
+
+    @property
+    def run_by(self) -> Any:
+        """The model as it is to be run."""
+        return torch.compile(self.model) if self.compiled else self.model
 
 
 def beside(wanted: Sequence[str], network: nn.Module, side: int) -> dict[str, Peer | Unavailable]:

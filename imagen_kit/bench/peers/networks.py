@@ -5,7 +5,7 @@
 
 Weights go through the rules of ``imagen_kit.checkpoints``, so a network that no file of diffusers could hold has no
 twin. One is made to fit: the official DiT embeds time and label once, diffusers' DiT once in every block and with
-sinusoids shifted by one; its twin has the embedders copied into all blocks and its shift set to ours.
+sinusoids shifted by one; in its twin all blocks share one embedder, which each of them runs, and its shift is ours.
 
 Axes: b batch, c channels, h w picture.
 """
@@ -60,11 +60,12 @@ def twin(network: nn.Module, side: int) -> nn.Module:
     }
     model.load_state_dict(copies, assign=True)
     if found.part == "dit":
+        first = model.transformer_blocks[0].norm1.emb
         for block in model.transformer_blocks:
+            if official:  # one set of weights, which a training step moves as it moves ours
+                block.norm1.emb = first
             block.norm1.emb.time_proj.downscale_freq_shift = found.kwargs["details"]["frequency_shift"]
-            block.norm1.emb.class_embedder.dropout_prob = (
-                0  # our training drops labels where batches are made
-            )
+            block.norm1.emb.class_embedder.dropout_prob = 0  # ours drops labels where batches are made
     device = next(iter(copies.values())).device
     return model.to(device).train(network.training)
 

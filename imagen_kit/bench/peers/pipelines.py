@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagen_kit.bench.peers import library
+from imagen_kit.bench.peers import dit_loop, library
 from imagen_kit.bench.peers.scheduling import scheduler_for
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers.layers.joint import to_patches
@@ -86,20 +86,37 @@ def painter(
     Raises:
         KitError: no pipeline for such a network, another guidance or sampler than it has.
     """
-    diffusers = library("diffusers")
     kind = _kind(model)
-    scale = _guidance(stage, kind)
-    scheduler = scheduler_for(stage, _threshold(stage))
+    run_by = torch.compile(model) if compiled else model
+    if kind.name == "DiTPipeline" and dit_loop.needed(stage):
+        paint, note = dit_loop.painter(stage, model, codec, given, run_by)
+    else:
+        paint, note = _by_pipeline(kind, stage, model, codec, given, run_by)
+    words = [note, str(next(model.parameters()).dtype).removeprefix("torch.")]
+    return (
+        paint,
+        lambda: paint(model),
+        ", ".join([*words, *(["network by torch.compile"] if compiled else [])]),
+    )
+
+
+def _by_pipeline(
+    kind: Kind, stage: Stage, model: nn.Module, codec: nn.Module | None, given: Given, run_by: Any
+) -> tuple[Callable[..., Tensor], str]:
+    """(a function that draws, by the network it may be handed; what it is in words)."""
+    scale, scheduler = _guidance(stage, kind), scheduler_for(stage, _threshold(stage))
     parts = {kind.slot: model, "scheduler": scheduler, **dict.fromkeys(kind.absent), **(kind.more or {})}
     if kind.codec:
         parts["vae"] = codec
-    pipe = getattr(diffusers, kind.name)(**parts)
+    pipe = getattr(library("diffusers"), kind.name)(**parts)
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": given.steps, "output_type": "pt", **kind.arguments(stage, given)}
-    if "guidance_scale" not in arguments:
-        arguments["guidance_scale"] = scale
+    arguments = {
+        "num_inference_steps": given.steps,
+        "output_type": "pt",
+        "guidance_scale": scale,
+        **kind.arguments(stage, given),
+    }
     noise = given.noise.to(next(model.parameters()).dtype)
-    run_by = torch.compile(model) if compiled else model
 
     @torch.no_grad()
     def paint(through: Any = run_by) -> Tensor:
@@ -111,8 +128,7 @@ def painter(
             picture = (picture / 2 + 0.5).clamp(0, 1)
         return picture.float()
 
-    note = f"{kind.name}, {type(scheduler).__name__}, {str(noise.dtype).removeprefix('torch.')}"
-    return paint, lambda: paint(model), note + (", network by torch.compile" if compiled else "")
+    return paint, f"{kind.name}, {type(scheduler).__name__}"
 
 
 class _noise_given:

@@ -171,15 +171,17 @@ def _mmdit(network: Any) -> dict[str, Any]:
 def _flux(network: Any) -> dict[str, Any]:
     first = network.double_blocks[0]
     width = first.img_attn.qkv.in_features
+    shared = _transformer(network, network.double_blocks, width // first.img_attn.head_dim)
+    patch = shared.pop("patch_size")
     return {
-        **_transformer(network, network.double_blocks, width // first.img_attn.head_dim),
+        **shared,
         "out_channels": network.out_channels,
         "single_depth": len(network.single_blocks),
         "context_dim": network.inputs.context_dim,
         "pooled_dim": network.inputs.pooled_dim,
         "guidance": network.guidance_in is not None,
         "details": {
-            "patch_size": network.patch_size,
+            "patch_size": patch,
             "mlp_ratio": first.img_mlp.fc1.out_features / width,
             "qkv_bias": first.img_attn.qkv.bias is not None,
             "axes": network.axes,

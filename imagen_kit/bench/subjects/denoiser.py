@@ -101,14 +101,14 @@ def theirs(peer: Peer, told: Told, way: Way) -> Subject:
     """A peer's network, in the same precision."""
     peer.prepare(way)
     seen = told.to(dtype_of(peer.model))
-    run, eager = (torch.no_grad()(work) for work in peer.works(seen))
+    call, run_by = torch.no_grad()(peer.call(seen)), peer.run_by
     return Work(
-        run,
+        lambda: call(run_by),
         "evaluations",
         len(seen.x),
         modules=[peer.model],
         inputs=seen.tensors,
         note=peer.note,
-        eager=eager,
+        eager=call,
         comparable=peer.same,
     )

@@ -47,7 +47,7 @@ def recipe(
         device: where.
         size: full, or the variants small and tiny of published recipes.
         set: changes to the recipe, as ``--set`` takes them.
-        stages: how many of its stages; None for all.
+        stages: how many of its stages; None for all, of small and tiny variants for the first.
         weights: random, or real: those that the recipe names, and its own text encoder.
         sampler: of the first stage: a name of ours, or of a diffusers class (``DDIMScheduler``).
         steps: of every stage.

@@ -35,8 +35,7 @@ def watch(called, inputs):
 
 nn.register_module_forward_pre_hook(watch)
 from imagen_kit.cli import main
-main(sys.argv[1:])
-sys.exit("no network was called")
+sys.exit(main(sys.argv[1:]) or "no network was called")
 """
 _FIRST_PICTURE = """
 import os, sys, time

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit import denoisers, performance, schedules
-from imagen_kit.bench.peers import networks
-from imagen_kit.bench.peers.models import COMPILED, Peer, beside
+from imagen_kit.bench.peers.models import PEERS, Peer, beside
 from imagen_kit.bench.subject import OURS, Built, Subject, Unavailable
 from imagen_kit.bench.subjects import register
 from imagen_kit.bench.work import TORCH, Told, Way, Work, chosen_peers, random_inputs, random_network
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 
-PEERS = ("diffusers", COMPILED)
 MODES = ("eager", "compile", "compile_blocks")
 DTYPES = ("fp32", "bf16")
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
@@ -57,7 +55,7 @@ def training(
         attention: backend of ours.
         checkpointing: recompute activations in the backward pass, for all.
         tokens: text tokens, where it reads text.
-        peers: all, none, or some of diffusers, diffusers compiled, separated by commas.
+        peers: all, none, or some of diffusers, diffusers compiled, imagen_pytorch, separated by commas.
 
     Raises:
         KitError: a value that there is not.
@@ -82,20 +80,25 @@ def training(
     return built
 
 
-def _theirs(peer: Peer, batch: _Batch, channels_last: bool | None, checkpointing: bool) -> Subject:
+def _theirs(
+    peer: Peer, batch: _Batch, channels_last: bool | None, checkpointing: bool
+) -> Subject | Unavailable:
     """A peer's step, its model copied: a step changes weights, and its neighbour starts from the same."""
     peer = replace(peer, model=copy.deepcopy(peer.model).train())
     peer.prepare(Way("fp32", channels_last))
     model: Any = peer.model
+    if checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
+        return Unavailable(f"a {type(model).__name__} cannot recompute its activations")
     if checkpointing:
         model.enable_gradient_checkpointing()
-    run_by = torch.compile(model) if peer.compiled else model
 
     def network(through: Any) -> Network:
-        return lambda x, t, cond: networks.call(model, Told(x, t, cond), peer.network)(through)
+        return lambda x, t, cond: peer.call(Told(x, t, cond))(through)
 
     note = peer.note + f", autocast {batch.name_of_dtype}"
-    return batch.work(model, network(run_by), note, network(model))
+    work = batch.work(model, network(peer.run_by), note, network(model))
+    work.comparable = peer.same
+    return work
 
 
 class _Batch:

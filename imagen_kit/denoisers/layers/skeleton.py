@@ -237,8 +237,9 @@ class Skeleton(nn.Module):
         ]
         up: list[tuple[nn.Module, nn.Module | None]] = []
         for i, units in enumerate(self.up):
-            *first, last = units  # type: ignore[misc]
-            up += [*((unit, None) for unit in first), (last, self.grow[i] if i < len(self.grow) else None)]
+            every: list[nn.Module] = list(units)  # type: ignore[call-overload]
+            up += [(unit, None) for unit in every[:-1]]
+            up.append((every[-1], self.grow[i] if i < len(self.grow) else None))
         return [(part, *ends) for part, ends in zip(down, reversed(up), strict=True)]
 
     def run(self, x: Tensor, emb: Tensor, context: Context, mask: Tensor | None) -> Tensor:

@@ -52,7 +52,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) → (b, (h/p)·(w/p), d)."""
-        return to_cells(self.proj(x))
+        # In its order of memory the tokens stay through all residual sums: turned once here, and not by every norm.
+        return to_cells(self.proj(x)).contiguous()
 
 
 class SelfAttention(nn.Module):
