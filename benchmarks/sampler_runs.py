@@ -12,48 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from imagen_kit import samplers, schedules
+from imagen_kit.bench.peers.schedulers import SchedulerLoop
 from imagen_kit.samplers.grid import Point
 
 SMALL, LARGE = (1, 4, 8, 8), ((8, 3, 256, 256), (4, 16, 128, 128))
 STEPS = {SMALL: 20, LARGE[0]: 10, LARGE[1]: 10}
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-#: Our name → diffusers' scheduler and what makes it that sampler. Samplers without one stand alone; edm is one of
-#: them, since diffusers has it with Euler steps only.
-MULTI, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-NOISE_END = {"final_sigmas_type": "sigma_min"}
-PEERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "epsilon"}),
-    "ipndm": ("IPNDMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {"prediction_type": "epsilon"}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {"prediction_type": "epsilon"}),
-    "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {"prediction_type": "epsilon"}),
-    "dpm_solver_2m": (MULTI, {"algorithm_type": "dpmsolver", **NOISE_END}),
-    "dpm_solver_3m": (MULTI, {"algorithm_type": "dpmsolver", "solver_order": 3, **NOISE_END}),
-    "dpm_solver_2m_sde": (MULTI, {"algorithm_type": "sde-dpmsolver", **NOISE_END}),
-    "dpmpp_2m": (MULTI, {}),
-    "dpmpp_3m": (MULTI, {"solver_order": 3}),
-    "dpmpp_2m_sde": (MULTI, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp_3m_sde": (MULTI, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
-    "dpm_solver_1s": (SINGLE, {"algorithm_type": "dpmsolver", "solver_order": 1, **NOISE_END}),
-    "dpm_solver_2s": (SINGLE, {"algorithm_type": "dpmsolver", **NOISE_END}),
-    "dpm_solver_3s": (SINGLE, {"algorithm_type": "dpmsolver", "solver_order": 3, **NOISE_END}),
-    "dpmpp_2s": (SINGLE, {}),
-    "dpmpp_3s": (SINGLE, {"solver_order": 3}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 3}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "sa_solver": ("SASolverScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
-}
 
 
 class EagerRun:
@@ -164,32 +127,6 @@ class Cell:
         return run
 
 
-class Peer:
-    """diffusers' scheduler in the place of one of our samplers, or the reason why there is none."""
-
-    def __init__(self, cell: Cell):
-        import diffusers
-
-        self.cell = cell
-        scheduler, config = PEERS[cell.name]
-        kind = getattr(diffusers, scheduler)
-        takes = (
-            kind.__init__.__wrapped__.__code__.co_varnames if hasattr(kind.__init__, "__wrapped__") else ()
-        )
-        given = {**BETAS, "prediction_type": "sample", **config}
-        self.scheduler = kind(**{key: value for key, value in given.items() if not takes or key in takes})
-        self.draws = "generator" in kind.step.__code__.co_varnames
-
-    def prepare(self) -> None:
-        self.scheduler.set_timesteps(self.cell.steps, device=self.cell.device)
-
-    def run(self) -> Tensor:
-        """The loop of a pipeline, without its network."""
-        x, answer, scheduler = self.cell.x, self.cell.answers(), self.scheduler
-        extra = {"generator": self.cell.generator} if self.draws else {}
-        scaled = hasattr(scheduler, "scale_model_input")
-        for t in scheduler.timesteps:
-            if scaled:
-                scheduler.scale_model_input(x, t)
-            x = scheduler.step(answer(), t, x, return_dict=False, **extra)[0]
-        return x
+def peer(cell: Cell) -> SchedulerLoop:
+    """diffusers' scheduler in the place of one of our samplers; KitError where there is none."""
+    return SchedulerLoop(cell.name, cell.steps, cell.x, cell.answers, cell.generator)

@@ -35,9 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sampler_runs import LARGE, PEERS, SMALL, Cell, Peer, Waits
+from sampler_runs import LARGE, SMALL, Cell, Waits
+from sampler_runs import peer as peer_of
 
 from imagen_kit import samplers
+from imagen_kit.bench.peers.schedulers import SCHEDULERS
 from imagen_kit.samplers.graphs import graphed
 
 WARM_UP = 2  # runs of each before the first that is counted
@@ -111,9 +113,9 @@ def measure(name: str, shape: tuple[int, ...], device: torch.device) -> dict[str
         replay = graphed(cell.answers(), cell.tableau, cell.x)
         runs["graph"] = lambda: replay(cell.x)
     peer = None
-    if name in PEERS:
+    if name in SCHEDULERS:
         try:
-            peer = Peer(cell)
+            peer = peer_of(cell)
             peer.prepare()
             peer.run()
         except Exception as error:  # an optional package it lacks, a prediction it does not have
@@ -121,7 +123,7 @@ def measure(name: str, shape: tuple[int, ...], device: torch.device) -> dict[str
             peer = None
     if peer is not None:
         runs["diffusers"], before["diffusers"] = peer.run, peer.prepare
-        out["scheduler"] = PEERS[name][0]
+        out["scheduler"] = SCHEDULERS[name][0]
     out["times"] = race(runs, before, device, inner=10 if shape == SMALL else 1)
     with Waits(cell.x, *cell.pool) as waits:
         cell.ours()

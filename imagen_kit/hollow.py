@@ -16,8 +16,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 _FILLS = frozenset(getattr(Tensor, name) for name in ("normal_", "uniform_", "exponential_", "bernoulli_"))
-# Kaiming's and Xavier's end in one of the above; a truncated normal distribution does sums of its own.
-_INITS = frozenset((nn.init.trunc_normal_, nn.init.normal_, nn.init.uniform_))
+# Some of these hand themselves over whole, so that the fill inside is not seen.
+_INITS = frozenset(
+    getattr(nn.init, f"{name}_")
+    for name in (
+        *("normal", "uniform", "trunc_normal", "orthogonal", "sparse"),
+        *("kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"),
+    )
+)
 _DRAWS = frozenset((torch.randn, torch.rand))
 SMALL = 20_000_000  # numbers of a network that takes no time to make
 T = TypeVar("T")

@@ -231,3 +231,17 @@ def _address(weight: Tensor) -> int:
         return weight.data_ptr()
     except RuntimeError:  # a tensor made of several, such as quantised ones
         return id(weight)
+
+
+def noise_source(
+    generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
+    """() → (b, *shape) standard normal, row by row from the samples' own CPU generators."""
+
+    def draw() -> Tensor:
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        if device.type == "cuda":  # pinned memory is copied without stalling the device
+            return noise.pin_memory().to(device, non_blocking=True)
+        return noise.to(device)
+
+    return draw

@@ -25,7 +25,8 @@ from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.guidance.base import TEXT, Guidance, build, number, renoised, rescaled_stack, stack
 from imagen_kit.images import Images
-from imagen_kit.loops import Loops
+from imagen_kit.loops import Loops, noise_source
+from imagen_kit.performance.precision import restore
 from imagen_kit.stage import Stage, check_count, start
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Pipeline:
                 part.to(device=device)
         for stage in self.stages:
             for module in stage.modules:
+                if dtype is not None:
+                    restore(module)  # edges kept in float32 go along
                 module.to(device=device, dtype=dtype)
         return self
 
@@ -278,11 +281,11 @@ class Pipeline:
         """Latents (b, c, h, w) of stage i, which is shown the picture (b, 3, s, s) before it."""
         side = stage.size // stage.codec.factor
         generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for seed in seeds]
-        draw = _noise_source(generators, (stage.codec.channels, side, side), self.device)
+        draw = noise_source(generators, (stage.codec.channels, side, side), self.device)
         x = draw() * spread
         here = {name: cond.to(dtype=stage.dtype) for name, cond in told.items()}
         if picture is not None:
-            aux = _noise_source(generators, (picture.shape[1], side, side), self.device)()
+            aux = noise_source(generators, (picture.shape[1], side, side), self.device)()
             shown: dict[str, Any] = dict(stage.low_res(picture, side, stage.low_res_level, aux))
             shown["low_res"] = shown["low_res"].to(stage.picture_dtype)
             here = {name: replace(cond, **shown) for name, cond in here.items()}
@@ -354,20 +357,6 @@ def _seeds(seed: int | Sequence[int], texts: list[str]) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int):
             raise KitError(f"seed must be a whole number, got {value!r}")
     return _per_prompt(seeds, texts, "seed")
-
-
-def _noise_source(
-    generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device
-) -> Callable[[], Tensor]:
-    """() → (b, *shape) standard normal, row by row from the samples' own CPU generators."""
-
-    def draw() -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if device.type == "cuda":  # pinned memory is copied without stalling the device
-            return noise.pin_memory().to(device, non_blocking=True)
-        return noise.to(device)
-
-    return draw
 
 
 @contextlib.contextmanager

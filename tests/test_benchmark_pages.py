@@ -95,6 +95,7 @@ def test_the_readme_tells_how_rows_stand_beside_diffusers(made_up):
     assert (
         "| recipe `sd15` batch 1 | 1.00 s ±0% | 1.00 pictures | 50.0 | diffusers: 2.00× (Δ 1e-06) |" in told
     )
+    assert told.count("| recipe `sd15`") == 1  # the one with most pictures a second
     assert "Not measured yet: `python benchmarks/gpu.py -o benchmarks/results/gpu.json`" in told
 
 

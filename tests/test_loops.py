@@ -261,7 +261,8 @@ def test_noise_that_would_fill_the_memory_is_not_kept(monkeypatch: pytest.Monkey
 
 
 def test_every_part_is_placed_while_it_works() -> None:
-    stages, order = cascade(performance=Performance()), []
+    stages = [replace(part, performance=Performance()) for part in cascade()]
+    order: list[str] = []
 
     class Watched(Pipeline):
         def placed(self, part: Any) -> Any:

@@ -103,3 +103,9 @@ def test_an_unknown_precision():
 
 def test_other_torch_dtypes_are_still_taken():
     assert recipe.load("tiny").build(dtype=torch.float64).stages[0].dtype == torch.float64
+
+
+def test_a_pipeline_may_be_moved_to_another_precision_afterwards():
+    pipeline = recipe.load("tiny").build(dtype="bf16").to(dtype=torch.float32)
+    assert all(stage.dtype == stage.picture_dtype == torch.float32 for stage in pipeline.stages)
+    assert pipeline("a red star").tensor.isfinite().all()

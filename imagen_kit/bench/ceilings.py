@@ -21,7 +21,7 @@ SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 COPIES = {"cpu": (2**26, 2**28), "cuda": (2**28, 2**30)}
 TINY_SIDES, TINY_COPIES = (128, 256), (2**20,)
 #: Seconds for each size, after one call to warm up; a size expected to take this long for one call is left out.
-EACH = {"cpu": 0.3, "cuda": 0.1}
+EACH = {"cpu": 0.5, "cuda": 0.1}
 
 Ceilings = dict[str, Any]
 

@@ -154,13 +154,11 @@ def _traffic(name: str, given: list[Tensor], out: list[Tensor]) -> int:
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes that a tensor's elements take, what an expanded one repeats counted once."""
-    whole = tensor.numel() * tensor.element_size()
-    try:
-        return min(whole, tensor.untyped_storage().nbytes())
-    except (RuntimeError, NotImplementedError):  # a sub-class that wraps several tensors, e.g. quantised ones
-        inner = getattr(tensor, "__tensor_flatten__", None)
-        return sum(size(getattr(tensor, name)) for name in inner()[0]) if inner else whole
+    """Bytes that a tensor's elements take: what an expanded one repeats once, a wrapper's (quantised) parts each."""
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    if parts is not None:
+        return sum(size(getattr(tensor, name)) for name in parts()[0])
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _is_view(func: Any) -> bool:

@@ -109,7 +109,7 @@ def _roofs(axes: Axes, tops: Mapping[str, float], speed: float, low: float, high
     best = max(tops.values())
     axes.plot([low, best / speed], [low * speed, best], color="0.2", linewidth=1.2)
     middle = (low * best / speed) ** 0.5
-    about = {"textcoords": "offset points", "fontsize": 7, "color": "0.2"}
+    about: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": "0.2"}
     place = (middle, middle * speed)
     axes.annotate(f"copy {number(speed / 1e9)} GB/s", place, xytext=(-6, 3), ha="right", **about)
     for name, flops in tops.items():

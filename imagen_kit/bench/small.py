@@ -129,8 +129,8 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
         [*_TWO, *_latent(_latent_unet([64, 128, 256], 32, _MICRO), _codec(_WIDE, scale=0.13025), 256, 20)],
     ),
     "pixart-alpha": (_pixart(48, 2, 2, _NARROW, 64, 4), _pixart(288, 6, 6, _WIDE, 256, 20)),
-    "sd3-medium": (_sd3(32, 2, 2, _NARROW, 64, 4), _sd3(384, 6, 6, _WIDE, 256, 20)),
-    "flux-dev": (_flux(32, 1, 2, _NARROW, 64, 4), _flux(384, 3, 6, _WIDE, 256, 20)),
+    "sd3-medium": (_sd3(32, 2, 2, _NARROW, 64, 4), _sd3(256, 6, 4, _WIDE, 256, 20)),
+    "flux-dev": (_flux(32, 1, 2, _NARROW, 64, 4), _flux(256, 3, 4, _WIDE, 256, 20)),
     "deepfloyd-if": (
         _deepfloyd(([32, 32], [32, 32]), 16, (16, 32)),
         _deepfloyd(([64, 128, 192], [64, 128, 192]), 32, (64, 128)),

@@ -23,7 +23,7 @@ from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.hollow import hollow_parameters
 from imagen_kit.pipeline import Pipeline, derive_seed
-from imagen_kit.recipe import Recipe
+from imagen_kit.recipe import Recipe, source
 from imagen_kit.recipe.running import run_as_told
 from imagen_kit.samplers import step_lists
 from imagen_kit.stage import Stage, start
@@ -140,10 +140,10 @@ class Asked:
         if self.weights not in WEIGHTS:
             raise KitError(unknown("weights of a recipe", self.weights, WEIGHTS))
         changes = [*small.overrides(self.name, self.size), *self.changes]
-        count = len(recipe.load(self.name).stages)
-        for i in range(count) if self.performance else ():
-            told = yaml.safe_dump(dict(self.performance or {}), default_flow_style=True).strip()
-            changes.append(f"stages.{i}.performance={told}")
+        if self.performance:
+            told = yaml.safe_dump(dict(self.performance), default_flow_style=True).strip()
+            count = len(source.read(source.find(self.name)).get("stages", []))
+            changes += [f"stages.{i}.performance={told}" for i in range(count)]
         found = recipe.load(self.name, changes)
         kept = self.stages
         if kept is None and self.size != small.FULL:
@@ -189,16 +189,18 @@ class System:
 
     def __init__(self, asked: Asked, settings: Settings, device: torch.device):
         self.settings, self.device = settings, device
-        loaded = asked.load(device)
+        loaded = self.recipe = asked.load(device)
         real = asked.weights == "real"
-        if real:
-            loaded._require_weights()
-        encoder = loaded.build_text_encoder()
-        stages = [loaded.build_stage(i, encoder, real) for i in range(len(loaded.stages))]
-        chosen = [self._stage(stage, first=not i) for i, stage in enumerate(stages)]
-        self.pipeline = Pipeline(encoder, chosen, loaded.spec.unconditional).to(device)
+        if loaded.spec.offload != "none" and not real:
+            raise KitError("a recipe that is offloaded reads its weights again and again: give weights: real")
+        if loaded.spec.offload != "none":
+            self.pipeline = loaded.build(device, settings.dtype)
+        else:
+            encoder = loaded.build_text_encoder()
+            stages = [loaded.build_stage(i, encoder, real) for i in range(len(loaded.stages))]
+            self.pipeline = Pipeline(encoder, stages, loaded.spec.unconditional).to(device)
+        self.pipeline.stages = [self._stage(stage, not i) for i, stage in enumerate(self.pipeline.stages)]
         self.labels = loaded.spec.labels is not None
-        self.recipe = loaded
 
     def _stage(self, stage: Stage, first: bool) -> Stage:
         told = self.settings
@@ -212,13 +214,19 @@ class System:
 
     def run_as_told(self) -> None:
         """Bring networks and decoders into the precision and form that is asked for; once, before drawing."""
-        dtype = self.settings.dtype
-        self.pipeline = run_as_told(self.pipeline, self.recipe, self.device, dtype)
-        lower = TORCH.get(dtype)
+        if self.offloaded:
+            return  # done as it was built
+        self.pipeline = run_as_told(self.pipeline, self.recipe, self.device, self.settings.dtype)
         for i, stage in enumerate(self.pipeline.stages):
+            lower = TORCH.get(stage.performance.dtype or "fp32")
             if lower not in (None, torch.float32) and isinstance(stage.codec, nn.Module):
                 codec: Codec = Lowered(stage.codec, lower)  # type: ignore[assignment]
                 self.pipeline.stages[i] = replace(stage, codec=codec)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether parts are in memory only while they work."""
+        return self.recipe.spec.offload != "none"
 
     @property
     def prompts(self) -> list[str]:

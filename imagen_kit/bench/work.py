@@ -272,7 +272,7 @@ def random_inputs(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=draw).to(device)
 
-    told: dict[str, Tensor] = {}
+    told: dict[str, Any] = {}
     if wanted.context_dim is not None:
         told["tokens"] = normal(batch, tokens, wanted.context_dim)
     if wanted.pooled_dim is not None:

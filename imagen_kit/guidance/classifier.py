@@ -40,8 +40,9 @@ class Classifier(Guidance):
     The classifier is another network of the stage, trained on noisy pictures of the same schedule: called with
     x_t, t and the conditioning, it answers logits (b, classes). It is handed over by name: ``denoise_fn(...,
     networks={"classifier": network})``, or ``networks: {classifier: {denoiser: adm_classifier_256, weights:
-    ...}}`` of a recipe's stage. y is the class in ``cond.labels``. The authors' ancestral sampler moves the
-    mean of a step by scale·variance·∇ log p instead, which is this to first order in the step.
+    ...}}`` of a recipe's stage. y is the class in ``cond.labels``. Where x0 is kept in a range, that stands before
+    it in the stack: the authors clip what the network says and not what the classifier makes of it. Their ancestral
+    sampler moves the mean of a step by scale·variance·∇ log p instead, which is this to first order in the step.
 
     Args:
         scale: guidance scale; 1 follows Bayes' rule, 0 is no guidance.

@@ -155,17 +155,19 @@ def keep_off(encoder: Any, offload: Offload, makes: list[Make] | None = None) ->
     Args:
         encoder: a ``TextEncoder``; of several in one, each has a turn of its own.
         offload: who keeps them.
-        makes: make each one's network anew; see ``Offload.adopt``.
+        makes: make the network of the encoder, or of each of its parts, anew; see ``Offload.adopt``.
     """
-    parts = list(getattr(encoder, "parts", [encoder]))
-    for i, part in enumerate(parts):
+    if not isinstance(encoder, nn.Module):
+        return
+    remade = dict(zip(map(id, getattr(encoder, "parts", [encoder])), makes or [], strict=False))
+    for part in encoder.modules():
+        if not isinstance(part, TextEncoder):
+            continue
         network = getattr(part, "network", None)
         if isinstance(network, nn.Module):
-            offload.adopt(network, None if makes is None else makes[i])
+            offload.adopt(network, remade.get(id(part)))
             part.working = partial(offload.turn, network)
-    for module in encoder.modules() if isinstance(encoder, nn.Module) else ():
-        if isinstance(module, TextEncoder):
-            module._anchor = module._anchor.to(offload.device)  # embeddings are wanted there
+        part._anchor = part._anchor.to(offload.device)  # embeddings are wanted there
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

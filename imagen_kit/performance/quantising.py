@@ -46,8 +46,11 @@ def quantise(module: nn.Module, kind: str, device: torch.device | str) -> int:
             f"quantise {kind}: {type(module).__name__} has no linear layer in its blocks whose widths are "
             f"multiples of {MULTIPLE}"
         )
-    from torchao.quantization import quantize_
-
+    try:
+        from torchao.quantization import quantize_
+    except ImportError as error:  # made for another version of torch
+        reason = str(error).strip().splitlines()[0]
+        raise KitError(f"quantise {kind}: the installed torchao cannot be imported ({reason})") from error
     quantize_(module, _config(kind, module), filter_fn=lambda layer, _: id(layer) in chosen)
     return len(chosen)
 

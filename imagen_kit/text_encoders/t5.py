@@ -133,7 +133,6 @@ class T5TextEncoder(TransformerEncoder):
             pad_to_max=pad_to_max,
             cache=cache,
         )
-        self.depth = settings.num_layers
 
     def _run(self, ids: Tensor, mask: Tensor, ends: Tensor) -> tuple[Tensor, None]:
         return self.network(ids, mask, self.block), None

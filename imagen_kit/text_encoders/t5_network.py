@@ -9,7 +9,7 @@ Axes: b prompts, n tokens, d width, h heads. Modules are named as the tensors of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from imagen_kit.errors import KitError, nearest, unknown
 
 KINDS = ("t5", "mt5", "umt5")
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),

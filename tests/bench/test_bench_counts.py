@@ -133,6 +133,16 @@ class TestBytes:
         assert count(x.bfloat16().clone).bytes * 2 == count(x.clone).bytes
 
 
+def test_quantised_weights_take_the_bytes_of_their_parts():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    subject = Subject()
+    subject.modules = [layer]
+    scales = 64 * 4
+    assert weight_bytes(subject) == pytest.approx(64 * 64 + scales, abs=scales)  # scales and, it may be, zero points
+
+
 class TestWaits:
     def test_reading_a_number_waits_where_the_tensor_is_followed(self):
         x = torch.randn(4)

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from tiny_cases import KL, NETWORKS, SIDE
+from tiny_cases import KL, NETWORKS
 
 from imagen_kit.bench import floor, small
 from imagen_kit.bench.peers import imagen_pytorch
 from imagen_kit.bench.subject import OURS, Case, Subject, Unavailable
 from imagen_kit.bench.subjects import build, check, names
+from imagen_kit.bench.subjects.startup import Process
 from imagen_kit.bench.systems import Asked
 from imagen_kit.bench.work import Way, chosen_peers
 from imagen_kit.errors import KitError
@@ -123,7 +124,9 @@ def test_a_graph_needs_cuda(mode):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mode", ["graph", "compile_graph"])
 def test_a_replayed_network_answers_as_the_network(mode):
-    subject = build(Case("denoiser", "dit", {**DIT, "mode": mode, "peers": "none"}), torch.device("cuda"))[OURS]
+    subject = build(Case("denoiser", "dit", {**DIT, "mode": mode, "peers": "none"}), torch.device("cuda"))[
+        OURS
+    ]
     assert isinstance(subject, Subject)
     want = subject.eager()
     for _ in range(2):
@@ -184,9 +187,8 @@ def test_start_up():
 
 
 def test_start_up_that_fails_says_why():
-    subject = build(Case("startup", "first_call", {"recipe": "nothing"}), CPU)[OURS]
-    with pytest.raises(KitError, match="code 2: error: unknown recipe 'nothing'"):
-        subject()
+    with pytest.raises(KitError, match=r"^it ended with code 3: no such thing$"):
+        Process("print('no such thing', file=sys.stderr)\nsys.exit(3)", [], "it")()
 
 
 def test_the_first_call_of_a_network():
@@ -248,9 +250,8 @@ def test_floor_sees_an_address_that_is_used_again():
 
 
 def test_a_memory_row_tells_the_floor():
-    few, many = (
-        build(Case("memory", "sd15", {"size": "tiny", "batch": b, "peers": "none"}), CPU)[OURS] for b in (1, 4)
-    )
+    options = {"size": "tiny", "steps": 1, "peers": "none"}
+    few, many = (build(Case("memory", "sd15", {**options, "batch": b}), CPU)[OURS] for b in (1, 4))
     assert "largest activation" in few.note
     assert few.floor.largest <= few.floor.alive
     assert many.floor.alive == pytest.approx(4 * few.floor.alive, rel=0.02)

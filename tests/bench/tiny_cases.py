@@ -57,7 +57,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "out_channels": 6,
             "num_classes": 7,
             "style": {"resample": "residual", "groups": 8},
-            "levels": [{"channels": 16, "blocks": 1}, {"channels": 32, "blocks": 1, "attention": {"head_dim": 8}}],
+            "levels": [
+                {"channels": 16, "blocks": 1},
+                {"channels": 32, "blocks": 1, "attention": {"head_dim": 8}},
+            ],
         },
     ),
     "UNet2DModel ddpm": (
@@ -65,7 +68,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "style": {"modulation": "shift", "resample": "asymmetric", "groups": 8, "eps": 1e-6},
             "embedding": {"shift": 1.0, "sin_first": True},
-            "levels": [{"channels": 16, "blocks": 1}, {"channels": 32, "blocks": 1, "attention": {"heads": 1}}],
+            "levels": [
+                {"channels": 16, "blocks": 1},
+                {"channels": 32, "blocks": 1, "attention": {"heads": 1}},
+            ],
         },
     ),
     "DiTTransformer2DModel official": (

@@ -8,8 +8,9 @@ from calls_unets import if_diffusers, stable_diffusion, unet2d
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imagen_kit import checkpoints
-from imagen_kit.checkpoints.rules import to_foreign
+from imagen_kit import checkpoints, denoisers
+from imagen_kit.checkpoints.formats import Shapes
+from imagen_kit.checkpoints.rules import to_foreign, to_ours
 from imagen_kit.errors import KitError
 
 diffusers = pytest.importorskip("diffusers")
@@ -353,3 +354,38 @@ def test_a_tensor_that_is_missing_or_transposed_is_named(fixture):
                 checkpoints.from_state_dict(tensors, config=config)
             assert key in str(error.value)
             assert "\n" not in str(error.value)
+
+
+def test_the_upscalers_file_is_told_by_its_tensors():
+    """Its labels are told apart from Stable Diffusion 2, whose text is as wide: 8 heads everywhere, not heads of 64."""
+    with torch.device("meta"):
+        module = diffusers.UNet2DConditionModel(
+            in_channels=7,
+            block_out_channels=(256, 512, 512, 1024),
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+            only_cross_attention=(True, True, True, False),
+            cross_attention_dim=1024,
+            attention_head_dim=8,
+            num_class_embeds=1000,
+            use_linear_projection=True,
+        )
+        size = denoisers.create("sd_x4_unet")
+    form = checkpoints.get("sd_diffusers")
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    arguments = form.configure(Shapes(shapes), None)
+    assert arguments == form.configure(Shapes(shapes), dict(module.config))
+    own = {key: tuple(value.shape) for key, value in size.state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in to_ours(form.rules(arguments), module.state_dict()).items()} == own
+    official = checkpoints.get("sd_official")
+    theirs = to_foreign(official.rules(arguments), size.state_dict())
+    found = official.configure(Shapes({key: tuple(value.shape) for key, value in theirs.items()}), None)
+    for told in (arguments, found):
+        kinds = [level["attention"] for level in told["levels"][1:]] + [told["middle"]]
+        assert [(kind["heads"], kind["cells"]) for kind in kinds] == [
+            (8, False),
+            (8, False),
+            (8, True),
+            (8, True),
+        ]
+        assert (told["in_channels"], told["low_res_channels"], told["num_classes"]) == (4, 3, 1000)

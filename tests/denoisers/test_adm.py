@@ -28,6 +28,7 @@ PARAMETERS = {
     "if_i_xl": 4_304_695_110,
     "sd15_unet": 859_520_964,
     "sdxl_unet": 2_567_463_684,
+    "sd_x4_unet": 473_398_020,
 }
 ROUNDED = {"ddpm_32": 35.7e6, "ddpm_256": 114e6, "sd21_unet": 866e6, "if_ii_l": 1.2e9}
 

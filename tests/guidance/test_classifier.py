@@ -133,6 +133,30 @@ def test_it_goes_with_thresholding_and_samplers():
     assert math.isfinite(float(x.abs().max()))
 
 
+@torch.no_grad()
+def test_the_published_sampler_written_out():
+    """Algorithm 2 of Dhariwal & Nichol 2021 with their code's clipping: what the network says, and only that."""
+    ideal, scale, grid = problem(), 2.0, [900.0, 700.0, 400.0, 100.0]
+    strategies = [guidance.create("static_threshold"), Classifier(scale=scale)]
+    found = samplers.create("ddim").sample(
+        denoiser(ideal, *strategies), noisy(), ideal.schedule, timesteps=grid
+    )
+    x = noisy()
+    for t, then in zip(grid, [*grid[1:], None], strict=True):
+        alpha, sigma = ideal.schedule.alpha_sigma(t)
+        after = (1.0, 0.0) if then is None else ideal.schedule.alpha_sigma(then)
+        times = torch.full((3,), t)
+        clipped = ((x - sigma * ideal.network(x, times, Cond(labels=LABELS))) / alpha).clamp(-1, 1)
+        # the gradient of log p(y | x_t) for Gaussian classes: (alpha mean - x) / variance, less its expectation
+        chances = ideal.logits(x, times).softmax(-1)
+        expected = torch.einsum("bk,kchw->bchw", chances, MEANS)
+        gradient = alpha * (MEANS[LABELS] - expected) / (alpha**2 * SPREAD**2 + sigma**2)
+        eps = (x - alpha * clipped) / sigma - scale * sigma * gradient
+        x = after[0] * (x - sigma * eps) / alpha + after[1] * eps
+    # logits pass through float32
+    assert torch.allclose(found, x, atol=1e-5)
+
+
 def test_what_it_needs():
     ideal = problem()
     with pytest.raises(KitError, match="needs the network 'classifier'; given: none"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from networks import inputs, make, relative
@@ -100,6 +102,13 @@ def test_torchao_is_an_extra(monkeypatch):
     with pytest.raises(KitError) as error:
         quantise(Net(), "int8", "cpu")
     assert str(error.value) == "quantise int8 needs torchao; pip install 'imagen-kit[quant]'"
+
+
+def test_a_torchao_that_does_not_import_is_told_plainly(monkeypatch):
+    monkeypatch.setattr(quantising, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(KitError, match=r"quantise int8: the installed torchao cannot be imported \(.*\)$"):
+        quantise(Net(), "int8", "cpu")
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagen_kit.bench.work import Told, randomised
+from imagen_kit.bench.work import Told
 from imagen_kit.errors import KitError
 
 PACKAGE = "imagen_pytorch"
@@ -65,7 +65,7 @@ def _told_width() -> Iterator[None]:
     """A T5 config that is not looked up: it is the default of an argument that is always given here."""
     import transformers
 
-    kind = transformers.T5Config
+    kind: Any = transformers.T5Config
     kind.from_pretrained = classmethod(lambda cls, name, **options: cls(d_model=768))
     try:
         yield
@@ -87,7 +87,7 @@ def comparable(network: Any) -> bool:
 
 
 def neighbour(network: Any) -> nn.Module:
-    """A ``Unet`` with the levels, blocks, attention and text width of ``network``, float32, weights random.
+    """A ``Unet`` with the levels, blocks, attention and text width of ``network``, float32, at its own initial values.
 
     Args:
         network: one that is ``comparable``.
@@ -104,7 +104,8 @@ def neighbour(network: Any) -> nn.Module:
     device = next(network.parameters()).device
     attended = tuple(attends for _, _, attends in levels)
     heads = max(2, max(channels for channels, _, _ in levels) // 64)
-    with _silent():
+    with _silent(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model = module.Unet(
             dim=width,
             dim_mults=tuple(round(channels / width) for channels, _, _ in levels),
@@ -119,7 +120,7 @@ def neighbour(network: Any) -> nn.Module:
             lowres_cond=bool(wanted.low_res_channels),
             memory_efficient=wanted.kind == "efficient_unet",
         )
-    return randomised(model, device)
+    return model.to(device).train(network.training)
 
 
 def _level(units: Any) -> tuple[int, int, bool]:

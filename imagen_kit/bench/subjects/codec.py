@@ -103,5 +103,8 @@ def codec(
         module.to(dtype=TORCH[dtype], memory_format=torch.channels_last if channels_last else None)
     model: Any = found
     for who in wanted:
-        built[who] = theirs(who == PEERS[1]) if isinstance(found, nn.Module) else found
+        if isinstance(found, nn.Module):
+            built[who] = theirs(who == PEERS[1])
+        elif found is not None:
+            built[who] = found
     return built

@@ -12,7 +12,7 @@ from torch import nn
 from imagen_kit.bench.peers import networks, pipelines
 from imagen_kit.bench.subject import OURS, Built, Subject
 from imagen_kit.bench.subjects import register
-from imagen_kit.bench.systems import Asked, Settings, System
+from imagen_kit.bench.systems import Asked, Lowered, Settings, System
 from imagen_kit.bench.work import TORCH, Work, attempt, chosen_peers
 from imagen_kit.errors import KitError
 from imagen_kit.stage import Stage
@@ -82,6 +82,8 @@ def ours(system: System) -> Subject:
     """Our pipeline."""
     stage = system.pipeline.stages[0]
     words = stage.performance.brief() + f", sampler {stage.sampler.name}"
+    if isinstance(stage.codec, Lowered):
+        words += ", decoder in the same precision"
     return Work(
         system.draw,
         "pictures",
@@ -95,6 +97,8 @@ def ours(system: System) -> Subject:
 
 def _twins(system: System) -> tuple[nn.Module, nn.Module | None]:
     """diffusers' network and autoencoder with the weights of the first stage."""
+    if system.offloaded:
+        raise KitError("an offloaded recipe has no weights in memory to share; compare it without offload")
     if len(system.pipeline.stages) > 1:
         raise KitError("diffusers has a pipeline for each stage; compare one: stages: 1")
     stage: Any = system.pipeline.stages[0]

@@ -90,7 +90,7 @@ def sampler(
     if mode == "graph" and device.type != "cuda":
         built[OURS] = Unavailable(f"mode graph replays a CUDA graph, and this is a {device.type} device")
     elif mode == "graph":
-        captured = graphed(answers(), chosen.tableau(schedule, steps), x)
+        captured = graphed(answers(), chosen.tableau(schedule, steps), x, generator)
         replay = lambda: captured(x)  # noqa: E731
         built[OURS] = work(replay, "CUDA graph of the run")
     else:

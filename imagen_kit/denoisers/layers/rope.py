@@ -38,8 +38,12 @@ def rotate(x: Tensor, turn: Rotation) -> Tensor:
     """x (b, a, n, d) with each pair (2i, 2i + 1) of its last axis turned, in float32."""
     cos, sin = turn
     pairs = x.float().unflatten(-1, (-1, 2))
-    if not torch.compiler.is_compiling():  # as complex numbers in one pass; compilers fuse the plain form instead
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    if (
+        not torch.compiler.is_compiling()
+    ):  # as complex numbers in one pass; compilers fuse the plain form instead
+        return (
+            torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+        )
     even, odd = pairs.unbind(-1)
     return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
 

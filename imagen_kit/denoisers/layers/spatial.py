@@ -35,6 +35,7 @@ class HeadedAttention(TextReader):
     def forward(self, x: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
         """Queries (b, m, d), keys (b, n, context_dim) or keys and values, mask (b, n) bool → (b, m, d)."""
         (q,) = split_heads(self.to_q(x), 1, self.head_dim)
+        assert context is not None
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.to_out(join_heads(attention(q, k, v, mask)))
 

@@ -123,6 +123,7 @@ class CrossAttention(TextReader):
     def forward(self, x: Tensor, context: Context, mask: Tensor | None) -> Tensor:
         """Patches (b, n, d), text (b, m, d) or its keys and values, mask (b, m) bool → (b, n, d)."""
         (q,) = split_heads(self.q(x), 1, self.head_dim)
+        assert context is not None
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         return self.proj(join_heads(attention(q, k, v, mask)))
 
