@@ -20,14 +20,6 @@ LARGEST = 127
 IN_CACHE = 2**21
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) int8 and (out,) float32 scales of a weight (out, in); a row of zeros has the scale 1."""
-    weight = weight.float()
-    peak = torch.maximum(weight.amax(1), -weight.amin(1))  # no second copy of the weight, as abs() would make
-    scale = torch.where(peak > 0, peak / LARGEST, torch.ones_like(peak))
-    return (weight / scale[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
-
-
 class Int8Linear(nn.Module):
     """A linear layer without bias, its weight in eight bits: y = (x qᵀ) · s. The input may be of any float dtype.
 
@@ -47,10 +39,13 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", torch.ones(out_features))
 
     def take(self, weight: Tensor) -> Int8Linear:
-        """Stand for ``weight`` (out, in), of any float dtype."""
-        whole, scale = quantised(weight)
-        self.weight.copy_(whole)
-        self.scale.copy_(scale)
+        """Stand for ``weight`` (out, in), of any float dtype; a row of zeros gets the scale 1."""
+        weight = weight.float()
+        peak = torch.maximum(
+            weight.amax(1), -weight.amin(1)
+        )  # no second copy of the weight, as abs() would make
+        self.scale.copy_(torch.where(peak > 0, peak / LARGEST, torch.ones_like(peak)))
+        self.weight.copy_((weight / self.scale[:, None]).round_().clamp_(-LARGEST, LARGEST))
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -140,7 +140,9 @@ def test_quantised_weights_take_the_bytes_of_their_parts():
     subject = Subject()
     subject.modules = [layer]
     scales = 64 * 4
-    assert weight_bytes(subject) == pytest.approx(64 * 64 + scales, abs=scales)  # scales and, it may be, zero points
+    assert weight_bytes(subject) == pytest.approx(
+        64 * 64 + scales, abs=scales
+    )  # scales and, it may be, zero points
 
 
 class TestWaits:

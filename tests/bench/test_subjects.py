@@ -84,6 +84,7 @@ def test_an_option_that_there_is_not(kind):
         ("recipe", {"stages": 2}, "has 1 stages; stages cannot be 2"),
         ("recipe", {"set": ["stages.0.sampler.step=2"]}, "sampler 'plms' has no option 'step'"),
         ("recipe", {"performance": {"compil": "whole"}}, "did you mean 'compile'"),
+        ("recipe", {"set": ["offload=model"]}, "give weights: real"),
     ],
 )
 def test_a_value_that_there_is_not(kind, options, message):

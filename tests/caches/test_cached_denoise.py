@@ -139,6 +139,22 @@ def test_changed_layers_inside_and_outside(kind, execution):
             torch.testing.assert_close(a[i : i + 1], b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["pag", "slg"])
+@torch.no_grad()
+def test_layers_are_changed_for_the_right_samples_where_only_some_are_computed(kind):
+    """The changed branch joins when cond is answered from memory: a call that computes the changed one alone."""
+    module, (x, cond) = network("dit"), inputs("dit")
+    late = guidance.create(
+        "interval", of={"name": kind, "layers": [2], "scale": 1.5}, by="t", low=0.0, high=0.65
+    )
+    batched, split = (
+        answers(module, TIMES, {"name": "interval", "every": 4}, x, cond, guidance=late, execution=execution)
+        for execution in EXECUTIONS
+    )
+    for a, b in zip(batched, split, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 @torch.no_grad()
 def test_a_layer_that_takes_no_part_is_still_told_of():
     """Only what a cache left out is excused."""

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagen_kit.performance import rowwise
-from imagen_kit.performance.rowwise import LARGEST, Int8Linear, quantised
+from imagen_kit.performance.rowwise import LARGEST, Int8Linear
 
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 8), columns=st.integers(1, 40), size=st.floats(1e-6, 1e4), seed=st.integers(0, 99))
 def test_no_weight_is_off_by_more_than_half_a_step(rows, columns, size, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size
-    whole, scale = quantised(weight)
+    layer = Int8Linear(columns, rows).take(weight)
+    whole, scale = layer.weight, layer.scale
     assert whole.dtype == torch.int8
     assert whole.abs().amax() <= LARGEST
     error = (whole.double() * scale.double()[:, None] - weight.double()).abs()
@@ -24,9 +25,9 @@ def test_no_weight_is_off_by_more_than_half_a_step(rows, columns, size, seed):
 
 
 def test_a_row_of_zeros_stays_zero():
-    whole, scale = quantised(torch.zeros(2, 3))
-    assert not whole.any()
-    assert torch.equal(scale, torch.ones(2))
+    layer = Int8Linear(3, 2).take(torch.zeros(2, 3))
+    assert not layer.weight.any()
+    assert torch.equal(layer.scale, torch.ones(2))
 
 
 def test_a_layer_computes_with_the_weights_it_stands_for():
