@@ -350,7 +350,11 @@ def test_weight_files_lie_beside_the_recipe(write, tmp_path):
     built = checked.build().stages[0].denoiser
     assert built.stem.weight.dtype == torch.float32
     assert all(torch.equal(half[key].float(), value) for key, value in built.state_dict().items())
-    assert checked.build(dtype=torch.bfloat16).stages[0].denoiser.stem.weight.dtype == torch.bfloat16
+    lowered = checked.build(dtype=torch.bfloat16).stages[0].denoiser  # but for its edges
+    assert (lowered.down[0][0].res.conv1.weight.dtype, lowered.stem.weight.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+    )
 
 
 def test_all_absent_or_damaged_weight_files_are_named_at_once(write, tmp_path):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Most numbers of a state, bytes of a run's buffer, and rows that a sum may read.
 SMALL, BYTES, SPAN = 1 << 13, 1 << 22, 32
+#: Most multiplications of a sum. From 9,216 on OpenBLAS, numpy's usual BLAS, wakes its own threads, which go on
+#: spinning after the product and take the processors from the network's.
+QUIET = 9215
 
 
 class Placed(NamedTuple):
@@ -65,6 +68,8 @@ def fits(plan: Plan, x: Tensor) -> bool:
         return False
     work = working_dtype(x)
     made = layout(plan, work)
+    if made.span * x.numel() > QUIET:
+        return False
     return made.span <= SPAN and (made.span + made.slots) * x.numel() * work.itemsize <= BYTES
 
 

@@ -40,7 +40,9 @@ def refused(command, monkeypatch):
     """Run a command that must be refused before anything is sampled; the line it says."""
 
     def run(*words):
-        monkeypatch.setattr("imagen_kit.pipeline.Pipeline._latents", lambda *a, **k: pytest.fail("it sampled"))
+        monkeypatch.setattr(
+            "imagen_kit.pipeline.Pipeline._latents", lambda *a, **k: pytest.fail("it sampled")
+        )
         code, out, err = command(*words)
         assert code == 2
         assert out == ""

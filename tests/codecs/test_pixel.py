@@ -7,7 +7,7 @@ from imagen_kit import codecs
 
 def test_every_codec_is_listed_here():
     # a new codec needs a row in this folder
-    assert codecs.names() == ["kl", "kl_flux", "kl_sd", "kl_sd3", "kl_sdxl", "pixel"]
+    assert codecs.names() == ["kl", "kl_flux", "kl_sd", "kl_sd3", "kl_sd_x4", "kl_sdxl", "pixel"]
 
 
 def test_pixel_is_the_identity_with_the_facts_recipes_wire():

@@ -21,9 +21,13 @@ def library(name: str, package: str | None = None) -> Any:
     Raises:
         KitError: it is not installed, or does not import here.
     """
+    from torch._dynamo import config
+
     first = name.split(".")[0]
     try:
-        return importlib.import_module(name)
+        # k_diffusion silences the compiler's errors for the whole process when it is imported: undone here
+        with config.patch(suppress_errors=config.suppress_errors):
+            return importlib.import_module(name)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == first:
             raise KitError(f"{first} is not installed (pip install {package or first})") from error
