@@ -224,7 +224,7 @@ class Kl(nn.Module):
         h, w = pictures.shape[-2:]
         if h % self.factor or w % self.factor:
             raise KitError(f"pictures of {h}×{w}: sides must be multiples of {self.factor}")
-        x = self.encoder(pictures)
+        x = self.encoder(pictures.contiguous(memory_format=torch.channels_last))
         mean, logvar = (x if self.quant_conv is None else self.quant_conv(x)).chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(*_LOGVAR)).exp()
 
@@ -260,7 +260,9 @@ class Kl(nn.Module):
         return self.decode(self.encode(pictures))
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        # channels last, as all that follow stay then: convolutions at the picture's size need no copies
+        z = z.contiguous(memory_format=torch.channels_last)
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).contiguous()
 
     def _tiled(self, z: Tensor) -> Tensor:
         """The weighted mean of overlapping tiles; weights fall off linearly towards a tile's borders."""
