@@ -275,9 +275,15 @@ def free(device: torch.device, compiled: bool = False) -> None:
 
 
 def _precision(subject: Subject, device: torch.device) -> str:
-    """What products are computed in, going by the first matrix among the weights; fp32 where there is none."""
-    weights = (p for module in subject.modules for p in module.parameters())
-    dtype = next((p.dtype for p in weights if p.dim() > 1 and p.is_floating_point()), torch.float32)
+    """What most products are computed in, going by the matrices among the weights; fp32 where there are none.
+
+    Most: networks in low precision keep their first and last layers in float32.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for weight in (p for module in subject.modules for p in module.parameters()):
+        if weight.dim() > 1 and weight.is_floating_point():
+            sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.numel()
+    dtype = max(sizes, key=sizes.__getitem__, default=torch.float32)
     if dtype is torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from imagen_kit.bench.clock import Protocol
-from imagen_kit.bench.measure import FAILED, NO_MEMORY, OK, SKIPPED, Measurer, fault
-from imagen_kit.bench.subject import Case
+from imagen_kit.bench.measure import FAILED, NO_MEMORY, OK, SKIPPED, Measurer, _precision, fault
+from imagen_kit.bench.subject import Case, Subject
 from imagen_kit.bench.subjects import build
 
 QUICK = Protocol(least=2, most=3, seconds=0.0)
@@ -178,3 +178,11 @@ def test_compiled_code_is_not_thrown_away_within_a_row(measure, fakes, monkeypat
     monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
     measure("late")
     assert len(resets) == 1  # after the row, though a peer failed within it
+
+
+def test_the_precision_is_that_of_most_weights():
+    edges, inner = torch.nn.Linear(4, 4), torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    subject = Subject()
+    assert _precision(subject, torch.device("cpu")) == "fp32"
+    subject.modules = [edges, inner]
+    assert _precision(subject, torch.device("cpu")) == "bf16"
