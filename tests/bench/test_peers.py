@@ -124,6 +124,7 @@ def test_text_encoders(name, options):
 
 
 def test_samplers_of_k_diffusion():
+    pytest.importorskip("k_diffusion")
     for name in ("euler", "heun", "dpm2", "lms", "dpmpp_2m"):
         found = differences(built("sampler", name, steps=6, resolution=8))
         assert found.keys() == {"k_diffusion"}
