@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from imagen_kit.bench.subject import Subject
+from imagen_kit.samplers.graphs import waiting
 
 #: Operations that make the host wait for a number that the device computes.
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
@@ -87,15 +87,9 @@ def tensors(value: Any) -> list[Tensor]:
 
 def count_sync_warnings(run: Callable[[], Any]) -> int:
     """How often CUDA itself says that ``run`` synchronised with the host."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    return sum("synchroniz" in str(warning.message) for warning in said)
+    with waiting(torch.device("cuda")) as waits:
+        run()
+    return len(waits)
 
 
 class Counting(TorchDispatchMode):
@@ -158,7 +152,8 @@ def size(tensor: Tensor) -> int:
     parts = getattr(tensor, "__tensor_flatten__", None)
     if parts is not None:
         return sum(size(getattr(tensor, name)) for name in parts()[0])
-    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    whole = tensor.numel() * tensor.element_size()
+    return whole if tensor.is_mkldnn else min(whole, tensor.untyped_storage().nbytes())
 
 
 def _is_view(func: Any) -> bool:
@@ -183,12 +178,19 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "_weight_int8pack_mm": lambda a, b, *_, **__: 2 * a.shape[0] * a.shape[1] * b.shape[0],
     }
     missing = {getattr(ops, name): formula for name, formula in ours.items() if hasattr(ops, name)}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        missing[torch.ops.mkldnn._linear_pointwise] = _packed_linear
     return {**missing, **flop_registry}
 
 
 def _product(a: Tensor, b: Tensor) -> int:
     """(m, k) × (k, n)."""
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+def _packed_linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """(..., in) × (out, in)ᵀ."""
+    return 2 * x.numel() * weight.shape[0]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imagen_kit import fresh
 from imagen_kit.attention import attention
 from imagen_kit.codecs import register
 from imagen_kit.errors import KitError
@@ -33,9 +34,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, inside, h, w) → (b, out, h, w)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+        h = self.conv1(fresh.silu(self.norm1(x)))
+        h = fresh.silu(self.norm2(h))
+        h = self.conv2(h)  # what it read is free before the shortcut is made
+        return fresh.add(h, x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -103,12 +105,15 @@ class Level(nn.Module):
         self.downsample = Downsample(out) if resample == "down" else None
         self.upsample = Upsample(out) if resample == "up" else None
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """In the order in which they act; called one by one, so that nobody holds the level's input meanwhile."""
+        return [*self.block, *(step for step in (self.downsample, self.upsample) if step is not None)]
+
     def forward(self, x: Tensor) -> Tensor:
         """(b, inside, h, w) → (b, out, h', w')."""
-        for block in self.block:
-            x = block(x)
-        for step in (self.downsample, self.upsample):
-            x = x if step is None else step(x)
+        for part in self.parts:
+            x = part(x)
         return x
 
 
@@ -132,9 +137,10 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) → (b, 2z, h/f, w/f)."""
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        for part in (part for level in self.down for part in level.parts):  # type: ignore[union-attr]
+            x = part(x)
+        x = self.mid(x)
+        return self.conv_out(fresh.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -154,9 +160,9 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(b, z, h, w) → (b, c, h·f, w·f)."""
         x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        for part in (part for level in reversed(self.up) for part in level.parts):  # type: ignore[union-attr]
+            x = part(x)
+        return self.conv_out(fresh.silu(self.norm_out(x)))
 
 
 @register("kl", paper="Rombach et al. 2022, arXiv:2112.10752")
@@ -224,7 +230,7 @@ class Kl(nn.Module):
         h, w = pictures.shape[-2:]
         if h % self.factor or w % self.factor:
             raise KitError(f"pictures of {h}×{w}: sides must be multiples of {self.factor}")
-        x = self.encoder(pictures.contiguous(memory_format=torch.channels_last))
+        x = self.encoder(_as_weights(self.encoder, pictures).contiguous(memory_format=torch.channels_last))
         mean, logvar = (x if self.quant_conv is None else self.quant_conv(x)).chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(*_LOGVAR)).exp()
 
@@ -234,7 +240,7 @@ class Kl(nn.Module):
         """Pictures (b, c, h, w) in [-1, 1] → scaled latents (b, z, h/f, w/f).
 
         Args:
-            pictures: any floating dtype.
+            pictures: any floating dtype; the answer has that of the weights.
             sample: draw from the distribution instead of taking its mean, which is also its mode.
             generator: of the draw.
         """
@@ -245,12 +251,15 @@ class Kl(nn.Module):
         return self.scale * (mean - self.shift)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, z, h, w) → pictures (b, c, h·f, w·f) in [-1, 1], up to overshoot."""
+        """Scaled latents (b, z, h, w) → pictures (b, c, h·f, w·f) in [-1, 1], up to overshoot.
+
+        Latents may be of any floating dtype, pictures have that of the weights.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise KitError(
                 f"latents of shape {tuple(latents.shape)}: this kl takes (b, {self.channels}, h, w)"
             )
-        z = latents / self.scale + self.shift
+        z = _as_weights(self.decoder, latents / self.scale + self.shift)
         if self.tile and max(z.shape[-2:]) > self.tile:
             return self._tiled(z)
         return self._decode(z)
@@ -260,6 +269,8 @@ class Kl(nn.Module):
         return self.decode(self.encode(pictures))
 
     def _decode(self, z: Tensor) -> Tensor:
+        if z.device.type == "cpu" and len(z) > 1:  # no slower one by one, and in the memory of one
+            return torch.cat([self._decode(one) for one in z.split(1)])
         # channels last, as all that follow stay then: convolutions at the picture's size need no copies
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).contiguous()
@@ -281,6 +292,10 @@ class Kl(nn.Module):
                 out[:, :, rows, columns] += window * picture
                 total[rows, columns] += window
         return (out / total).to(z.dtype)
+
+
+def _as_weights(module: nn.Module, x: Tensor) -> Tensor:
+    return x.to(next((p.dtype for p in module.parameters()), x.dtype))
 
 
 def _norm(dim: int, groups: int) -> nn.GroupNorm:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from imagen_kit.attention import attention
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
+from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import timestep_embedding
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
@@ -56,12 +57,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = LinearGelu(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, d) → (b, n, d)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 class UViTBlock(nn.Module):

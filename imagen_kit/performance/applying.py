@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from imagen_kit.performance.compiling import compile_blocks, compile_seconds, co
 from imagen_kit.performance.layout import lay_out
 from imagen_kit.performance.options import Performance
 from imagen_kit.performance.precision import lower
+from imagen_kit.performance.prepacking import prepack, unpack
 from imagen_kit.performance.quantising import quantise
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +44,22 @@ class Applied:
         return compile_seconds(self.module)
 
 
+def apply_to_codec(codec: nn.Module, chosen: Performance, device: torch.device | str = "cpu") -> None:
+    """Make the codec of a stage run as was chosen for the stage, in place: ``codec_dtype`` and ``prepack``.
+
+    Args:
+        codec: its weights loaded.
+        chosen: ``Applied.chosen`` of the stage's network.
+        device: where it is to run.
+    """
+    unpack(codec)
+    codec.to(device)
+    if chosen.codec_dtype is not None:
+        codec.to(TORCH[chosen.codec_dtype])
+    if chosen.prepack:
+        prepack(codec)
+
+
 def apply(
     module: nn.Module,
     performance: Performance,
@@ -52,7 +69,8 @@ def apply(
     """Make a network run as chosen, in place.
 
     In this order: the precision (``precision.lower``), the move to the device, the layout, quantisation, the
-    attention kernel, compilation. May be called again with other choices, but for quantisation, which stays.
+    packing, the attention kernel, compilation. May be called again with other choices, but for quantisation, which
+    stays.
 
     Args:
         module: the network, its weights loaded.
@@ -65,6 +83,7 @@ def apply(
     """
     chosen, device = choose(module, performance, device, flops), torch.device(device)
     uncompile(module)
+    unpack(module)
     attend_by(module, chosen.attention)
     if chosen.dtype is not None:
         lower(module, TORCH[chosen.dtype])
@@ -73,6 +92,8 @@ def apply(
         lay_out(module, chosen.memory_format)
     if chosen.quantise != "off":
         quantise(module, chosen.quantise, device)
+    if chosen.prepack and not prepack(module):
+        chosen = replace(chosen, prepack=None)  # no layer is large enough
     if chosen.compile == "blocks":
         compile_blocks(module)
     elif chosen.compile == "whole":

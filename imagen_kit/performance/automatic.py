@@ -5,7 +5,8 @@ convolves; float32 as the network was made on others.
 
 On a CPU that multiplies bfloat16 itself (avx512_bf16 or amx; emulated it is several times slower): bfloat16 where an
 evaluation of one picture is at least 1 GFLOP. Below that the conversions around its products cost what they save.
-The memory format stays as the network was made: channels last helps small U-Nets at large sides and costs the published
+The weights of linear layers are packed there (``prepacking``), unless the network is compiled or quantised. The
+memory format stays as the network was made: channels last helps small U-Nets at large sides and costs the published
 ones with attention up to a tenth.
 
 Measured on an EPYC with avx512_bf16, one thread, torch 2.15, the float32 contiguous time over that of the choice, for
@@ -38,6 +39,7 @@ from torch import nn
 
 from imagen_kit.performance.layout import convolves
 from imagen_kit.performance.options import Performance
+from imagen_kit.performance.prepacking import packs
 
 #: Floating-point operations of an evaluation of one picture from which on bfloat16 is faster on such a CPU.
 LEAST_FLOPS = 1e9
@@ -48,7 +50,7 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 def choose(
     module: nn.Module, performance: Performance, device: torch.device | str, flops: float | None = None
 ) -> Performance:
-    """``performance`` with ``auto`` resolved; ``memory_format`` left open goes with ``dtype: auto``.
+    """``performance`` with ``auto`` resolved; what else it decides goes with ``dtype: auto``.
 
     Args:
         module: the network.
@@ -57,17 +59,24 @@ def choose(
         flops: of its evaluation of one picture, a multiply-add being two; estimated from its weights if None.
     """
     device = torch.device(device)
-    dtype, memory_format = performance.dtype, performance.memory_format
+    dtype, memory_format, prepack = performance.dtype, performance.memory_format, performance.prepack
     if flops is None:
         flops = 2.0 * ASSUMED_PLACES * sum(p.numel() for p in module.parameters())
     if dtype == "auto":
         dtype = _dtype(device, flops)
         memory_format = memory_format or "auto"
+        if prepack is None:
+            prepack = performance.compile == "off" and performance.quantise == "off"
+    codec_dtype = performance.codec_dtype or (performance.dtype == "auto" and "auto") or None
+    if codec_dtype == "auto":
+        codec_dtype = "bf16" if dtype == "bf16" else "fp32"
+    packs_here = bool(prepack) and device.type == "cpu" and packs()
     if memory_format == "auto":
-        suits = dtype in ("bf16", "fp16") and device.type == "cuda"
+        last = dtype in ("bf16", "fp16") and device.type == "cuda"
         as_made = "channels_last" if getattr(module, "channels_last", False) else "contiguous"
-        memory_format = "channels_last" if suits and convolves(module) else as_made
-    return replace(performance, dtype=dtype, memory_format=memory_format)
+        memory_format = "channels_last" if last and convolves(module) else as_made
+    told = {"dtype": dtype, "codec_dtype": codec_dtype, "memory_format": memory_format}
+    return replace(performance, **told, prepack=packs_here or None)
 
 
 def _dtype(device: torch.device, flops: float) -> str:

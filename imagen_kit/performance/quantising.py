@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.errors import KitError
 from imagen_kit.performance.regions import blocks
 
@@ -59,8 +60,8 @@ def layers(block: nn.Module) -> list[nn.Linear]:
     """The linear layers of a block that are quantised: all over tokens, of fitting widths."""
     found = []
     for name, layer in block.named_modules():
-        fits = type(layer) is nn.Linear and not (
-            layer.in_features % MULTIPLE or layer.out_features % MULTIPLE
+        fits = type(layer) in (nn.Linear, LinearGelu) and not (
+            layer.in_features % MULTIPLE or layer.out_features % MULTIPLE  # type: ignore[operator]
         )
         if fits and not any(part in UNTOUCHED for part in name.split(".")):
             found.append(layer)

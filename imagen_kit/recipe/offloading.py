@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from imagen_kit.errors import Fault, RecipeError
+from imagen_kit.performance import Performance, apply_to_codec
 from imagen_kit.performance.offload import Make, Offload, keep_off
 from imagen_kit.recipe import check, source
 from imagen_kit.recipe.running import stage_as_told
@@ -85,8 +86,16 @@ def _stage(
         keeper.adopt(module, partial(_nth, make, place), stacked=True)
     stored = weights and recipe.stages[index].codec.weights not in (None, "random")
     # The initial values of a codec are drawn at random: made anew it would be another.
-    keeper.adopt(stage.codec, partial(recipe.build_codec, index) if stored else None)
+    keeper.adopt(
+        stage.codec, partial(_codec, recipe, index, stage.performance, keeper.device) if stored else None
+    )
     return stage
+
+
+def _codec(recipe: Recipe, index: int, chosen: Performance, device: torch.device | str) -> nn.Module:
+    codec = recipe.build_codec(index)
+    apply_to_codec(codec, chosen, device)
+    return codec
 
 
 def _nth(make: Callable[[], Stage], place: int) -> nn.Module:

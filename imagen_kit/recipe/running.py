@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from imagen_kit.errors import Fault, KitError, RecipeError
-from imagen_kit.performance import apply
+from imagen_kit.performance import apply, apply_to_codec
 from imagen_kit.performance.automatic import LEAST_FLOPS, multiplies_bf16
 from imagen_kit.performance.options import Performance
 from imagen_kit.recipe import trial
@@ -50,12 +50,16 @@ def stage_as_told(
             module.to(device, dtype)
         return stage
     performance = with_dtype(stage.performance, dtype)
+    if recipe.spec.offload != "none" and performance.prepack is None:
+        performance = replace(performance, prepack=False)  # weights would be packed at every turn
     flops = _flops(recipe, index, stage.denoiser, performance, device)
     try:
         first, *_ = [apply(module, performance, device, flops) for module in stage.modules]
     except KitError as error:
         fault = Fault(f"stages.{index}.performance", str(error))
         raise RecipeError(recipe.source, [fault]) from error
+    if isinstance(stage.codec, nn.Module):
+        apply_to_codec(stage.codec, first.chosen, device)
     return replace(stage, performance=first.chosen)
 
 

@@ -60,12 +60,14 @@ class PerformanceSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    codec_dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     memory_format: Literal["auto", "channels_last", "contiguous"] | None = None
     compile: Literal["off", "blocks", "whole"] = "off"
     quantise: Literal["off", "int8", "int8_weights", "fp8"] = "off"
     attention: (
         Literal["sdpa", "flash", "cudnn", "efficient", "math", "flash3", "flex", "xformers", "eager"] | None
     ) = None
+    prepack: bool | None = None
     graph: bool = False
     remember_text: bool = True
 

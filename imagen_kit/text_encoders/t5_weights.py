@@ -1,4 +1,4 @@
-"""Where the weights of a T5 encoder come from, and how they are held: whole, streamed, or in eight bits."""
+"""Where the weights of a T5 encoder come from, and how they are held: whole, packed, streamed, or in eight bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imagen_kit.text_encoders import huggingface
 from imagen_kit.text_encoders.t5_network import T5Network
 
-EXECUTIONS = ("whole", "streamed", "int8")
+EXECUTIONS = ("whole", "packed", "streamed", "int8")
 TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"  # published under either name, or both
 _SPARE = rf"decoder\.|lm_head\.|{TABLE_AGAIN}$"
 _MAPPED = 2**28  # bytes from which weights are left in the file, mapped; smaller ones are copied out of it
@@ -100,6 +100,10 @@ def fill(network: T5Network, source: Any, execution: str, dtype: torch.dtype) ->
             if parameter.is_meta:
                 held = _held(source, f"{path}.{leaf}", dtype, copy=size < _MAPPED)
                 setattr(module, leaf, nn.Parameter(held, requires_grad=False))
+    if execution == "packed":
+        from imagen_kit.performance.prepacking import prepack
+
+        prepack(network)
 
 
 def _quantise(network: T5Network, source: Any, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from imagen_kit.performance import Performance, automatic, choose
 from imagen_kit.performance.automatic import LEAST_FLOPS, machine, multiplies_bf16
+from imagen_kit.performance.prepacking import packs
 
 AUTO = Performance(dtype="auto")
 CONVOLVES, PATCHES = "unet", "dit"
@@ -69,7 +70,12 @@ def test_what_is_said_is_kept(cpu):
     assert choose(make(CONVOLVES), told, "cpu", 1e12) == told
     assert choose(make(CONVOLVES), Performance(), "cpu", 1e12) == Performance()
     last = Performance(dtype="auto", memory_format="contiguous")
-    assert choose(make(CONVOLVES), last, "cpu", 1e12) == Performance(dtype="bf16", memory_format="contiguous")
+    want = Performance(dtype="bf16", codec_dtype="bf16", memory_format="contiguous", prepack=packs() or None)
+    assert choose(make(CONVOLVES), last, "cpu", 1e12) == want
+    told = Performance(dtype="auto", codec_dtype="fp32", prepack=False)
+    assert choose(make(CONVOLVES), told, "cpu", 1e12) == Performance(
+        dtype="bf16", codec_dtype="fp32", memory_format="contiguous"
+    )
 
 
 def test_unknown_operations_are_guessed_from_the_weights(cpu):

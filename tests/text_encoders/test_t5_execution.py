@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from imagen_kit import text_encoders
 from imagen_kit.errors import KitError
+from imagen_kit.performance.prepacking import packs
 from imagen_kit.text_encoders.t5 import T5TextEncoder
 
 PROMPTS = ["a large red star on a white background", "圆环", ""]
@@ -90,6 +91,18 @@ def test_eight_bits_are_near_the_whole():
     # √10 · 0.6 % = 1.8 % of embeddings whose mean square is 1; three times that for the gate's product.
     assert 0.001 < error < 0.054
     assert whole.tokens[whole.mask].square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+
+
+def test_packed_is_the_whole_up_to_rounding(tmp_path, saved):
+    wide = {**SIZE, "d_model": 256, "d_ff": 256, "d_kv": 64}
+    whole, packed = (T5TextEncoder(size=wide, seed=2, execution=e) for e in ("whole", "packed"))
+    assert any(parameter.is_mkldnn for parameter in packed.parameters()) == packs()
+    # some twenty sums of 256 numbers in float32, of embeddings whose mean square is 1
+    torch.testing.assert_close(packed(PROMPTS).tokens, whole(PROMPTS).tokens, rtol=0, atol=2e-5)
+    stored = T5TextEncoder(saved(whole.network, tmp_path / "t5"), execution="packed")
+    assert torch.equal(stored(PROMPTS).tokens, packed(PROMPTS).tokens)
+    low = packed.to(torch.bfloat16)(PROMPTS).tokens  # plain again, as where it goes to another device
+    assert torch.equal(low, T5TextEncoder(size=wide, seed=2, dtype="bf16")(PROMPTS).tokens)
 
 
 def test_a_damaged_folder_is_refused_before_anything_is_encoded(tmp_path, saved):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.denoisers.layers.context import Context, TextReader
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 
@@ -133,9 +134,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, expansion: float = 4):
         super().__init__()
-        self.fc1 = nn.Linear(dim, int(expansion * dim))
+        self.fc1 = LinearGelu(dim, int(expansion * dim), "tanh")
         self.fc2 = nn.Linear(int(expansion * dim), dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) → (..., d)."""
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
