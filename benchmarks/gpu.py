@@ -12,13 +12,14 @@ before a GPU's time is spent on it; its figures mean nothing.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 510.0  # seconds after which no row begins; one that runs is given up 45 s later
+BUDGET = 480.0  # seconds from the start after which no row begins; one that runs is given up 45 s later
 
 
 def told(row: dict[str, Any], done: int, total: int) -> None:
@@ -32,6 +33,26 @@ def told(row: dict[str, Any], done: int, total: int) -> None:
 START = time.monotonic()
 
 
+def stopped(*_: object) -> None:
+    """Asked to end (SIGTERM): as by Ctrl-C the worker goes, and the file says what was not run."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def make_room(file: Path, about: dict[str, Any], protocol: Any) -> None:
+    """Set results aside that cannot be gone on with: another machine's, or of other versions."""
+    from imagen_kit.bench.store import Results
+    from imagen_kit.errors import KitError
+
+    if not file.exists():
+        return
+    try:
+        Results(file, about, protocol)
+    except KitError as error:
+        aside = file.with_suffix(".before.json")
+        file.replace(aside)
+        print(f"begun anew, and the file kept as {aside.name}: {error}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the suite and print its table; 1 when no row of ours came through."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -42,12 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpu-test", action="store_true", help="tiny sizes on the CPU")
     given = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))  # the checkout, wherever it was copied to
-    import torch
+    try:
+        import torch
 
-    from imagen_kit.bench import engine, growth, suite, table
-    from imagen_kit.bench.clock import Protocol
-    from imagen_kit.errors import KitError
-
+        from imagen_kit.bench import engine, growth, store, suite, table
+        from imagen_kit.bench.clock import Protocol
+        from imagen_kit.errors import KitError
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; nothing is downloaded: put it on PYTHONPATH", file=sys.stderr)
+        return 2
     if not given.cpu_test and not torch.cuda.is_available():
         print("error: there is no CUDA device; --cpu-test tries the same on the CPU", file=sys.stderr)
         return 2
@@ -57,16 +81,20 @@ def main(arguments: list[str] | None = None) -> int:
         if given.only:
             chosen = chosen.only(given.only)
         protocol = Protocol(least=2, most=2, seconds=0.0) if given.cpu_test else chosen.protocol
+        output = store.results_file(given.output)
+        if not given.fresh:
+            make_room(output, store.environment(device), protocol)
         plan = engine.Plan(
             chosen.cases,
             device,
             protocol,
             suite="gpu, tiny" if given.cpu_test else "gpu",
-            budget=given.budget,
+            budget=max(0.0, given.budget - (time.monotonic() - START)),
             one_process=True,
             tiny=given.cpu_test,
         )
-        content = engine.run(plan, given.output, fresh=given.fresh, told=told)
+        signal.signal(signal.SIGTERM, stopped)
+        content = engine.run(plan, output, fresh=given.fresh, told=told)
     except KitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

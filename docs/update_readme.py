@@ -97,12 +97,14 @@ def run() -> None:
             "comparison": comparison(),
             "cost": cost(),
             "throughput": benchmark_pages.throughput(),
+            "gains": benchmark_pages.gains(),
         },
     )
     write(
         ROOT / "benchmarks" / "README.md",
         {
             "surroundings": benchmark_pages.surroundings(),
+            "gains": benchmark_pages.gains(),
             "tables": benchmark_pages.tables(),
             "curves": benchmark_pages.curves(),
             "paper": benchmark_pages.paper(),

@@ -16,6 +16,17 @@ Backends, chosen for a call (``backend=``), a block of code (``use_backend``) or
 
 A query with no key to attend to is answered with zeros by every backend, and its gradients are zero too.
 
+On a CPU the default stays torch's blocked kernel, in bfloat16 too. Measured on one thread of an EPYC with avx512_bf16
+(no amx), torch 2.15, head widths 32 to 128, 128 to 4096 tokens, 77 keys with and without a mask: its time over that of
+two products and a softmax, in pieces of 1 MiB of logits, and the error of these over its own (from float64):
+
+    logits in bfloat16                                          1.2 to 1.9    error 2 to 70 times
+    the same, the row's estimated maximum taken off before      1.0 to 1.6    error 1.3 to 8 times
+    logits in float32                                           0.8 to 1.25   error 1.1 to 1.3 times
+
+Rounded logits do not tell keys apart that have much in common; exact ones gain too little to keep. In float32 the plain
+form takes longer at all sizes.
+
 ``own_values`` makes chosen samples of a batch attend to themselves alone (perturbed-attention guidance).
 """
 

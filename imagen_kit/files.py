@@ -53,6 +53,8 @@ def require_writable(path: str | Path, *, folder: bool = False, make: bool = Tru
     """
     path = Path(path)
     try:
+        if path.is_symlink() and not path.exists():
+            raise KitError(f"cannot write {path}: it is a link that leads nowhere")
         if folder:
             if path.exists() and not path.is_dir():
                 raise KitError(f"cannot write to {path}: it is a file, not a folder")

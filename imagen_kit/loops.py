@@ -5,7 +5,9 @@ from batch to batch enters by buffers: the starting noise, every noise of the ru
 which the plain loop draws it, and the conditionings. So a picture is the same function of prompt, seed and settings.
 
 The first loop of its kind is a plain one, which also warms libraries up and counts what the loop draws and
-evaluates; the second is recorded. A kind is the stage's parts, its weights' places in memory, and the shapes.
+evaluates; the second is recorded. Where the first one waited for the device, which some libraries do once, the second
+is looked at likewise: a loop that always waits cannot be recorded, and is not tried, as a recording that fails leaves
+the device in disorder. A kind is the stage's parts, its weights' places in memory, and the shapes.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from imagen_kit.conditioning import Cond
-from imagen_kit.samplers.graphs import CudaGraph, Graph, Recorded
+from imagen_kit.samplers.graphs import CudaGraph, Graph, Recorded, waiting
 from imagen_kit.samplers.tableau import Callback, Noise
+from imagen_kit.sending import send
 from imagen_kit.stage import Counted, Stage, denoiser
 
 #: Most loops kept, and most bytes of noise that a recorded loop may hold.
@@ -34,6 +37,8 @@ class _Loop:
     Attributes:
         kind: what tells it from others.
         draws, calls: noises drawn in a run, and evaluations.
+        looks: plain loops from which that was learned.
+        known: whether no further look is needed.
         recorded: once it is.
         obstacle: why it cannot be.
     """
@@ -41,6 +46,8 @@ class _Loop:
     kind: tuple[Any, ...]
     draws: int = 0
     calls: int = 0
+    looks: int = 0
+    known: bool = False
     recorded: Recorded | None = None
     obstacle: str | None = None
 
@@ -61,6 +68,11 @@ class Loops:
         self._pool: Any = None
         self._loops: list[_Loop] = []
         self._told: set[tuple[str, str]] = set()
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why loops that should be recorded are not: ``stage: reason``, each once."""
+        return sorted(f"{stage}: {obstacle}" for stage, obstacle in self._told)
 
     def clear(self) -> None:
         """Forget all recorded loops."""
@@ -100,11 +112,14 @@ class Loops:
         if obstacle is not None:
             self._tell(stage, obstacle)
             return plain()
+        conds = _dense(conds)
         kind = _kind(stage, x, conds)
         loop = next((loop for loop in self._loops if loop.kind == kind), None)
         if loop is None:
             loop = _Loop(kind)
-            latents = self._first(loop, x, draw, generators, tick, plain)
+            self._loops = [*self._loops[1 - LOOPS :], loop]
+        if not loop.known:
+            latents = _look(loop, x, draw, generators, tick, plain)
             self._tell(stage, loop.obstacle)
             return latents
         if loop.obstacle is None:
@@ -139,35 +154,6 @@ class Loops:
             self._told.add((stage.name, obstacle))
             warnings.warn(f"stage {stage.name!r} runs without a graph: {obstacle}", stacklevel=2)
 
-    def _first(
-        self,
-        loop: _Loop,
-        x: Tensor,
-        draw: Noise,
-        generators: list[torch.Generator],
-        tick: Callable[[], None],
-        plain: Callable[..., Tensor],
-    ) -> Tensor:
-        """The plain loop, from which the rest is learned."""
-
-        def drawing() -> Tensor:
-            loop.draws += 1
-            return draw()
-
-        def ticking() -> None:
-            loop.calls += 1
-            tick()
-
-        before = [generator.get_state() for generator in generators]
-        latents = plain(drawing, ticking)
-        after = [generator.get_state() for generator in generators]
-        if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
-            loop.obstacle = "its guidance draws noise"
-        elif loop.draws * x.numel() * 4 > NOISE_BYTES:
-            loop.obstacle = f"its {loop.draws} noises take more than {NOISE_BYTES >> 30} GiB"
-        self._loops = [*self._loops[1 - LOOPS :], loop]
-        return latents
-
     def _record(
         self, loop: _Loop, stage: Stage, inputs: list[Tensor], conds: Mapping[str, Cond]
     ) -> str | None:
@@ -184,7 +170,7 @@ class Loops:
 
         try:
             loop.recorded = Recorded(run, inputs, self._make(inputs[0].device))
-        except RuntimeError as error:
+        except Exception as error:  # what is wrong with the loop itself its plain run will say
             said = str(error).strip() or type(error).__name__
             return f"it cannot be recorded ({said.splitlines()[0]})"
         return None
@@ -196,6 +182,53 @@ class Loops:
         if not any(loop.recorded for loop in self._loops):
             self._pool = torch.cuda.graph_pool_handle()
         return CudaGraph(device, self._pool)
+
+
+def _look(
+    loop: _Loop,
+    x: Tensor,
+    draw: Noise,
+    generators: list[torch.Generator],
+    tick: Callable[[], None],
+    plain: Callable[..., Tensor],
+) -> Tensor:
+    """A plain loop, from which the rest is learned."""
+    loop.draws = loop.calls = 0
+
+    def drawing() -> Tensor:
+        loop.draws += 1
+        return draw()
+
+    def ticking() -> None:
+        loop.calls += 1
+        tick()
+
+    before = [generator.get_state() for generator in generators]
+    with waiting(x.device) as waits:
+        latents = plain(drawing, ticking)
+    after = [generator.get_state() for generator in generators]
+    loop.looks += 1
+    loop.known = loop.looks > 1 or not waits
+    if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        loop.obstacle = "its guidance draws noise"
+    elif loop.draws * x.numel() * 4 > NOISE_BYTES:
+        loop.obstacle = f"its {loop.draws} noises take more than {NOISE_BYTES >> 30} GiB"
+    elif waits and loop.known:
+        loop.obstacle = f"it waits for the device ({waits[0]})"
+    return latents
+
+
+def _dense(conds: Mapping[str, Cond]) -> dict[str, Cond]:
+    """Conditionings whose tensors lie in memory as their copies will, so that compiled code meets one layout."""
+    known: dict[int, Tensor] = {}
+
+    def dense(value: Tensor) -> Tensor:
+        if id(value) not in known:
+            lies_so = torch.empty_like(value, device="meta").stride() == value.stride()
+            known[id(value)] = value if lies_so else value.contiguous()
+        return known[id(value)]
+
+    return {name: cond.map(dense) for name, cond in conds.items()}
 
 
 def _flat(conds: Mapping[str, Cond]) -> tuple[tuple[tuple[str, str, int], ...], list[Tensor]]:
@@ -239,9 +272,8 @@ def noise_source(
     """() → (b, *shape) standard normal, row by row from the samples' own CPU generators."""
 
     def draw() -> Tensor:
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        if device.type == "cuda":  # pinned memory is copied without stalling the device
-            return noise.pin_memory().to(device, non_blocking=True)
-        return noise.to(device)
+        return send(
+            torch.stack([torch.randn(shape, generator=generator) for generator in generators]), device
+        )
 
     return draw

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -250,6 +252,7 @@ def test_off_cuda_and_with_a_callback_the_loop_is_plain() -> None:
     seen: list[int] = []
     with pytest.warns(UserWarning, match="a callback is told of every step"):
         recorded("ab", callback=lambda stage, step, x, x0: seen.append(step))
+    assert recorded.loops.obstacles == ["base: a callback is told of every step"]
     assert seen == [0, 1, 2]
 
 
@@ -272,6 +275,74 @@ def test_every_part_is_placed_while_it_works() -> None:
     Watched(letters, stages)("ab")
     codec = type(stages[0].codec).__name__
     assert order == ["function", "base", codec, "up", codec]
+
+
+class Waiting:
+    """Stands in for CUDA's telling of waits: one list a plain loop."""
+
+    def __init__(self, *rounds: list[str]):
+        self.rounds, self.looks = list(rounds), 0
+
+    @contextlib.contextmanager
+    def __call__(self, device: torch.device) -> Iterator[list[str]]:
+        self.looks += 1
+        yield self.rounds.pop(0)
+
+
+def test_a_loop_that_waits_at_its_first_call_alone_is_recorded_at_the_third(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, recorded = pair([stage()])
+    waiting = Waiting(["a.py:1"], [])
+    monkeypatch.setattr(looping, "waiting", waiting)
+    calls = Calls(recorded.stages[0].denoiser)
+    counts = []
+    for seed in range(4):
+        before = calls.count
+        got = recorded("ab", seed=seed).tensor
+        counts.append(calls.count - before)
+        assert torch.equal(got, plain("ab", seed=seed).tensor)
+    assert (waiting.looks, counts) == (2, [3, 3, 3, 0])  # looks twice, records, replays
+    assert recorded.loops._loops[0].draws == 2
+
+
+def test_a_loop_that_always_waits_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graph(device: torch.device) -> Tape:
+        raise AssertionError("a recording that fails leaves the device in disorder")
+
+    plain, recorded = pair([stage()])
+    recorded.loops = Loops(graph)
+    monkeypatch.setattr(looping, "waiting", Waiting(["a.py:1"], ["net.py:7", "net.py:9"]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for seed in range(4):
+            assert torch.equal(recorded("ab", seed=seed).tensor, plain("ab", seed=seed).tensor)
+    said = [str(warning.message) for warning in told if "without a graph" in str(warning.message)]
+    assert said == ["stage 'base' runs without a graph: it waits for the device (net.py:7)"]
+
+
+def test_what_is_recorded_meets_the_layouts_of_the_plain_loop() -> None:
+    """Compiled code is made for one layout; another would be compiled for amid the recording."""
+    made = stage(told={"size": [8, 8, 1]}, guidance=())
+    seen: list[list[tuple[Any, ...]]] = [[]]
+
+    class Sees(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+            given = {"x": x, "t": t, **cond.parts()}
+            seen[-1].append(tuple((n, v.shape, v.stride(), v.dtype) for n, v in given.items()))
+            return self.inner(x, t, replace(cond, size=None))
+
+    _, recorded = pair([replace(made, denoiser=Sees(made.denoiser))])
+    recorded("ab", num=2)
+    seen.append([])
+    recorded("ab", num=2)
+    assert seen[0] == seen[1] != []
+    sizes = {row[:3] for call in seen[0] for row in call if row[0] == "size"}
+    assert sizes == {("size", (2, 3), (3, 1))}
 
 
 @pytest.mark.gpu

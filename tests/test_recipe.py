@@ -86,6 +86,8 @@ def test_missing_file_names_its_neighbour(write, tmp_path):
         ("- a\n- b", "not a map of keys"),
         ("", "not a map of keys"),
         ("name: \x00", "not YAML"),
+        ("name: a\nstages: &all [*all]", "a value that contains itself"),
+        ("stages: " + "[" * 2000, "too many brackets"),
     ],
 )
 def test_text_that_is_no_recipe(write, text, rule):

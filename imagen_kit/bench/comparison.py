@@ -24,6 +24,7 @@ class Change:
         ratio: after over before; above 1 is slower.
         low, high: the ratio's spread: the quartiles of one over the opposite quartiles of the other.
         memory: peak after over before; None where unknown.
+        floor: the peak over weights and what must be alive, before and after; None where that was not measured.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Change:
     low: float
     high: float
     memory: float | None
+    floor: tuple[float, float] | None = None
 
     @property
     def beyond(self) -> bool:
@@ -58,7 +60,9 @@ def _change(before: Row, after: Row) -> Change:
     first, second = a["seconds"]["median"], b["seconds"]["median"]
     peaks = a["peak_bytes"], b["peak_bytes"]
     memory = peaks[1] / peaks[0] if all(peaks) else None
-    return Change(after["id"], first, second, second / first, b_low / a_high, b_high / a_low, memory)
+    floors = [entry.get("floor") for entry in (a, b)]
+    floor = (floors[0]["over_alive"], floors[1]["over_alive"]) if all(floors) else None
+    return Change(after["id"], first, second, second / first, b_low / a_high, b_high / a_low, memory, floor)
 
 
 def compare(first: Path, second: Path) -> str:
@@ -88,7 +92,8 @@ def _word(value: Any) -> str:
 def _figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     found = changes(before, after)
     moved = [change for change in found if change.beyond]
-    head = ["row", "before", "after", "after/before", "spread", "memory", ""]
+    told = any(change.floor for change in found)
+    head = ["row", "before", "after", "after/before", "spread", "memory", *(["over floor"] * told), ""]
     table = [
         [
             change.id,
@@ -97,6 +102,7 @@ def _figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
             f"{change.ratio:.2f}",
             f"{change.low:.2f}-{change.high:.2f}",
             "" if change.memory is None else f"{change.memory:.2f}",
+            *([_floor(change)] * told),
             ("slower" if change.ratio > 1 else "faster") if change.beyond else "",
         ]
         for change in found
@@ -111,6 +117,10 @@ def _figures(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     for row_id, (a, b) in _statuses(before, after).items():
         out.append(f"{row_id}: {a} -> {b}")
     return out
+
+
+def _floor(change: Change) -> str:
+    return "" if change.floor is None else f"{change.floor[0]:.2f} -> {change.floor[1]:.2f}"
 
 
 def _mean(found: list[Change]) -> str:

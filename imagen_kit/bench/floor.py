@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,44 @@ class Floor:
     largest: int
     operation: str
     alive: int
+
+
+@dataclass(frozen=True)
+class Needed:
+    """A measured peak beside the least; everything in bytes.
+
+    Attributes:
+        weights, inputs: held before the call.
+        largest, operation, alive: see ``Floor``. Inputs that are read are part of them.
+        peak: weights, inputs, and the most that the call held besides; see ``imagen_kit.bench.memory``.
+        process: the same where the C library keeps freed memory as it pleases; None where it was not looked at.
+    """
+
+    weights: int
+    inputs: int
+    largest: int
+    operation: str
+    alive: int
+    peak: int
+    process: int | None = None
+
+    @property
+    def over_alive(self) -> float:
+        """The peak over the weights and what is alive at once: 1 is what this order of operations needs."""
+        return self.peak / (self.weights + self.alive)
+
+    @property
+    def over_largest(self) -> float:
+        """The peak over the weights and the largest activation.
+
+        That leaves out what waits for its turn beside the operation (skip connections, the guided step's state),
+        so it may be above 1 where nothing could be freed.
+        """
+        return self.peak / (self.weights + self.largest)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a row; both ratios among them."""
+        return {**asdict(self), "over_alive": self.over_alive, "over_largest": self.over_largest}
 
 
 class Lives(TorchDispatchMode):
@@ -74,10 +112,10 @@ class Lives(TorchDispatchMode):
         return out
 
     def _pieces(self, value: Any) -> dict[int, int]:
-        """Address → bytes of the memory behind the tensors in ``value``."""
+        """Address → bytes of the memory behind the tensors in ``value``; a library's own layouts are weights."""
         found = {}
         for item in tree_leaves(value):
-            if isinstance(item, Tensor) and item.device.type == self._device:
+            if isinstance(item, Tensor) and item.device.type == self._device and item.layout is torch.strided:
                 storage = item.untyped_storage()
                 if storage.nbytes() and storage.data_ptr() not in self._left_out:
                     found[storage.data_ptr()] = storage.nbytes()

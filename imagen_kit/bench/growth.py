@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imagen_kit.bench.measure import OK, Row
-from imagen_kit.bench.table import aligned, plain
+from imagen_kit.bench.table import CONSTRUCTED, Sizes, aligned, plain, size_key, sizes
 
 #: What is fitted: words → (entry) → number; memory without the weights, which do not grow.
 QUANTITIES = {
@@ -110,14 +110,17 @@ def _points(group: Sequence[Row], axis: str, who: str, read: Any) -> Iterator[tu
             yield float(row["options"][axis]), float(read(entry))
 
 
-def table(found: Sequence[Fit]) -> list[list[str]]:
-    """Heading and cells."""
+def table(found: Sequence[Fit], named: Sizes | None = None) -> list[list[str]]:
+    """Heading and cells; networks by what ``sizes`` names them, see ``imagen_kit.bench.table``."""
     head = ["what", "grows with", "who", "quantity", "sizes", "exponent", "r²", "at the end"]
-    return [head, *(_cells(curve) for curve in found)]
+    return [head, *(_cells(curve, named or {}) for curve in found)]
 
 
-def _cells(curve: Fit) -> list[str]:
-    told = ", ".join(f"{key} {plain(value)}" for key, value in curve.fixed.items() if key != "peers")
+def _cells(curve: Fit, named: Sizes) -> list[str]:
+    words = {key: named.get(size_key(curve.name, curve.fixed.get(key))) for key in CONSTRUCTED}
+    told = ", ".join(
+        words.get(key) or f"{key} {plain(value)}" for key, value in curve.fixed.items() if key != "peers"
+    )
     sizes = f"{curve.points[0][0]:g}-{curve.points[-1][0]:g} ({len(curve.points)})"
     figures = [f"{curve.exponent:.2f}", f"{curve.r2:.3f}", f"{curve.last:.2f}"]
     what = f"{curve.kind} {curve.name}" + (f" {told}" if told else "")
@@ -127,4 +130,6 @@ def _cells(curve: Fit) -> list[str]:
 def text(content: Mapping[str, Any]) -> str:
     """The fitted exponents of a results file, aligned."""
     found = fits(content["rows"])
-    return aligned(table(found)) if found else f"no option takes {FEWEST} different sizes in these rows"
+    if not found:
+        return f"no option takes {FEWEST} different sizes in these rows"
+    return aligned(table(found, sizes(content["rows"])))

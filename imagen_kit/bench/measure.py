@@ -18,6 +18,7 @@ from torch import Tensor
 from imagen_kit.bench import clock, counts
 from imagen_kit.bench.clock import Protocol, Timing
 from imagen_kit.bench.energy import Meter, find_meter, joules
+from imagen_kit.bench.floor import Needed
 from imagen_kit.bench.memory import Extra
 from imagen_kit.bench.subject import OURS, Built, Case, Subject, Unavailable
 
@@ -147,6 +148,10 @@ class Measurer:
         if cuda:  # a graph holds what its capture took; on a CPU the first call is the compiler's
             extra.bytes = max(extra.bytes or 0, first.bytes or 0)
         entry.extra = extra
+        if entry.subject.floor is not None and not cuda:
+            with Extra(self.device, apart=False) as process:
+                entry.subject()
+            entry.figures["process"] = process.bytes
 
     def _count(self, entry: _Entry) -> None:
         subject = entry.subject
@@ -196,7 +201,8 @@ class Measurer:
         subject, timing, figures = entry.subject, entry.timing, entry.figures
         assert timing is not None
         seconds, extra = timing.median, entry.extra
-        held = figures["weight_bytes"] + sum(map(counts.size, subject.inputs))
+        inputs = sum(map(counts.size, subject.inputs))
+        held = figures["weight_bytes"] + inputs
         activations = extra.bytes if extra else None
         waits = figures.get("waits")
         flops, moved = figures.get("flops"), entry.counted.bytes if entry.counted else None
@@ -215,8 +221,10 @@ class Measurer:
             "per_second": subject.units / seconds,
             "unit": subject.unit,
             "units": subject.units,
-            "peak_bytes": None if activations is None else held + activations,
+            "peak_bytes": None if activations is None else max(held + activations, subject.loading or 0),
             "activation_bytes": activations,
+            "loading_bytes": subject.loading,
+            "floor": _needed(entry, inputs),
             "reserved_bytes": extra.reserved if extra else None,
             "weight_bytes": figures["weight_bytes"],
             "parameters": _parameters(subject),
@@ -287,6 +295,17 @@ def _precision(subject: Subject, device: torch.device) -> str:
     if dtype is torch.float32 and device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+
+
+def _needed(entry: _Entry, inputs: int) -> dict[str, Any] | None:
+    """The peak beside the floor, where that was measured; see ``imagen_kit.bench.floor.Needed``."""
+    floor, extra = entry.subject.floor, entry.extra
+    if floor is None or extra is None or extra.bytes is None:
+        return None
+    weights, process = entry.figures["weight_bytes"], entry.figures.get("process")
+    held = weights + inputs
+    whole = None if process is None else held + process
+    return Needed(weights, inputs, **vars(floor), peak=held + extra.bytes, process=whole).as_dict()
 
 
 def _parameters(subject: Subject) -> int:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from imagen_kit.bench.floor import Floor
 
 #: The entry that every other one of a row is compared with.
 OURS = "imagen_kit"
@@ -61,6 +64,8 @@ class Subject:
         seconds: of the last call, set by a subject that has to time itself (work in a process that it starts);
             None leaves that to the clock.
         countable: whether operations may be counted (FLOPs, bytes, waits) over a call of ``eager``.
+        loading: most bytes that were held while its weights were read in; None where nobody looked.
+        floor: the least memory that its operations need, where that was measured: the row then has the peak over it.
     """
 
     unit: str = "evaluations"
@@ -75,6 +80,8 @@ class Subject:
     compile_seconds: float = 0.0
     seconds: float | None = None
     countable: bool = True
+    loading: int | None = None
+    floor: Floor | None = None
 
     def __call__(self) -> Tensor | None:
         """Do the work once, without waiting for the device; the result is what peers' are compared with."""

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from imagen_kit import recipe, samplers
 from imagen_kit.bench import small
 from imagen_kit.bench.peers.pipelines import Given
-from imagen_kit.bench.work import TORCH, randomised
-from imagen_kit.codecs.base import Codec
+from imagen_kit.bench.work import randomised
 from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.hollow import hollow_parameters
 from imagen_kit.pipeline import Pipeline, derive_seed
 from imagen_kit.recipe import Recipe, source
-from imagen_kit.recipe.running import run_as_told
+from imagen_kit.recipe.running import run_as_told, with_dtype
 from imagen_kit.samplers import step_lists
 from imagen_kit.stage import Stage, start
 from imagen_kit.text_encoders.base import Row, TextEncoder
 
 WEIGHTS = ("random", "real")
+TEXTS = ("given", "own")
 USUAL = 40  # tokens of a prompt, where it is not padded
 
 
@@ -66,13 +66,19 @@ def _padded(encoder: Any) -> bool:
 
 @dataclass(frozen=True)
 class RandomRecipe(Recipe):
-    """A recipe whose weights are random, also where layers start at zero, and whose text is given."""
+    """A recipe whose weights are random, also where layers start at zero.
+
+    Attributes:
+        device: where they are drawn.
+        text: ``given``: in place of the text encoder's work; ``own``: the text encoder that the recipe names.
+    """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text: str = "given"
 
     def build_text_encoder(self, index: int | None = None) -> Any:
-        """What stands in for the text encoder; class labels are read as ever."""
-        if self.spec.labels is not None:
+        """The text encoder, or what stands in for it; class labels are read as ever."""
+        if self.spec.labels is not None or self.text == "own":
             return super().build_text_encoder(index)
         return GivenText(self.hollow_text_encoder(index))
 
@@ -90,28 +96,6 @@ class RandomRecipe(Recipe):
         return randomised(codec, self.device, seed=100 + index) if isinstance(codec, nn.Module) else codec
 
 
-class Lowered(nn.Module):
-    """A codec run in a lower precision than the sampler's state.
-
-    Args:
-        codec: changed in place.
-        dtype: of its weights.
-    """
-
-    def __init__(self, codec: Any, dtype: torch.dtype):
-        super().__init__()
-        self.codec, self.dtype = codec.to(dtype), dtype
-        self.channels, self.factor = codec.channels, codec.factor
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """(b, 3, h, w) → latents."""
-        return self.codec.encode(pictures.to(self.dtype))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents → (b, 3, h, w)."""
-        return self.codec.decode(latents.to(self.dtype))
-
-
 @dataclass(frozen=True)
 class Asked:
     """Which recipe, and what is changed in it.
@@ -123,6 +107,7 @@ class Asked:
         stages: how many of its stages; None for all, of small and tiny variants for the first.
         weights: random or real.
         performance: of every stage, see ``imagen_kit.performance.Performance``.
+        text: with random weights ``given``, or read by the recipe's ``own`` encoder; with real ones by that.
 
     Raises:
         KitError: a value that there is not.
@@ -134,11 +119,14 @@ class Asked:
     stages: int | None = None
     weights: str = "random"
     performance: Mapping[str, Any] | None = None
+    text: str = "given"
 
     def load(self, device: torch.device) -> Recipe:
         """The recipe, checked; with random weights a ``RandomRecipe``."""
         if self.weights not in WEIGHTS:
             raise KitError(unknown("weights of a recipe", self.weights, WEIGHTS))
+        if self.text not in TEXTS:
+            raise KitError(unknown("text of a recipe", self.text, TEXTS))
         changes = [*small.overrides(self.name, self.size), *self.changes]
         if self.performance:
             told = yaml.safe_dump(dict(self.performance), default_flow_style=True).strip()
@@ -156,7 +144,7 @@ class Asked:
             found = replace(found, spec=found.spec.model_copy(update={"stages": found.stages[:kept]}))
         if self.weights == "real":
             return found
-        return RandomRecipe(found.spec, found.source, found.folder, found.train, device)
+        return RandomRecipe(found.spec, found.source, found.folder, found.train, device, self.text)
 
 
 @dataclass(frozen=True)
@@ -216,12 +204,13 @@ class System:
         """Bring networks and decoders into the precision and form that is asked for; once, before drawing."""
         if self.offloaded:
             return  # done as it was built
+        self.pipeline.stages = [self._whole(stage) for stage in self.pipeline.stages]
         self.pipeline = run_as_told(self.pipeline, self.recipe, self.device, self.settings.dtype)
-        for i, stage in enumerate(self.pipeline.stages):
-            lower = TORCH.get(stage.performance.dtype or "fp32")
-            if lower not in (None, torch.float32) and isinstance(stage.codec, nn.Module):
-                codec: Codec = Lowered(stage.codec, lower)  # type: ignore[assignment]
-                self.pipeline.stages[i] = replace(stage, codec=codec)
+
+    def _whole(self, stage: Stage) -> Stage:
+        """The stage with its codec in its network's precision, where nothing else is said."""
+        told = with_dtype(stage.performance, self.settings.dtype)
+        return replace(stage, performance=replace(told, codec_dtype=told.codec_dtype or told.dtype))
 
     @property
     def offloaded(self) -> bool:

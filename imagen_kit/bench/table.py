@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from imagen_kit.bench import headroom
 from imagen_kit.bench.measure import OK, Row
 from imagen_kit.bench.subject import OURS
 
@@ -12,6 +14,9 @@ COLUMNS = ("row", "time", "per second", "TFLOP/s", "% matmul", "% copy", "peak M
 UNITS = ("s", "ms", "µs", "ns")
 MIB = 2**20
 LONGEST = 48  # characters of an option's value within a row
+CONSTRUCTED = ("network", "options")  # options of a case that hold those of a constructor
+SCALES = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+Sizes = Mapping[str, str]
 
 
 def lines(row: Row) -> list[str]:
@@ -62,12 +67,20 @@ def _beside(row: Row) -> str:
 
 def screen(rows: Sequence[Row]) -> str:
     """All rows under the headings of their kinds, aligned."""
-    parts = []
+    parts, found = [], sizes(rows)
     for kind, group in by_kind(rows).items():
-        shared = _shared(group)
-        table = [[label(row, shared), *lines(row)] for row in group]
-        parts.append(f"{kind}{_all_with(shared, ': all with ')}\n{aligned([list(COLUMNS), *table])}")
-    return "\n\n".join(parts)
+        shared, (columns, cells) = _shared(group), _form(group)
+        table = [[label(row, shared, sizes=found), *cells(row)] for row in group]
+        parts.append(f"{kind}{_all_with(shared, ': all with ')}\n{aligned([list(columns), *table])}")
+    explained = "\n".join(legend(rows))
+    return "\n\n".join([*parts, *([explained] if explained else [])])
+
+
+def _form(group: Sequence[Row]) -> tuple[Sequence[str], Callable[[Row], list[str]]]:
+    """Columns, and what makes a row's cells: those of memory beside the least, where that is what was measured."""
+    if headroom.told(group):
+        return headroom.COLUMNS, lambda row: headroom.lines(row, number, duration)
+    return COLUMNS, lines
 
 
 def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -78,14 +91,20 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Rows of one kind as a Markdown table; options that all rows share stand above it, what was chosen beside it."""
-    shared = _shared(rows)
-    head = ["| " + " | ".join((*COLUMNS, "chosen")) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+def markdown(rows: Sequence[Row], among: Sequence[Row] | None = None) -> str:
+    """Rows of one kind as a Markdown table; options that all rows share stand above it, what was chosen beside it.
+
+    Args:
+        rows: of the table.
+        among: all that ``legend`` explains; these by default.
+    """
+    shared, found = _shared(rows), sizes(rows if among is None else among)
+    columns, cells_of = _form(rows)
+    head = ["| " + " | ".join((*columns, "chosen")) + " |", "|" + "---|" * (len(columns) + 1)]
     body = []
     for row in rows:
         note = row["entries"].get(OURS, {}).get("note", "")
-        cells = [label(row, shared, mark="`"), *lines(row), note]
+        cells = [label(row, shared, "`", found), *cells_of(row), note]
         body.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     above = [f"{_all_with(shared, 'All with ')}.", ""] if shared else []
     return "\n".join([*above, *head, *body])
@@ -94,7 +113,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _shared(rows: Sequence[Row]) -> dict[str, Any]:
     if len(rows) < 2:
         return {}
-    first = rows[0]["options"]
+    first = {k: v for k, v in rows[0]["options"].items() if k not in CONSTRUCTED}
     return {k: v for k, v in first.items() if all(row["options"].get(k, ...) == v for row in rows)}
 
 
@@ -102,14 +121,54 @@ def _all_with(shared: Mapping[str, Any], words: str) -> str:
     return words + ", ".join(f"{key} {plain(value)}" for key, value in shared.items()) if shared else ""
 
 
-def label(row: Row, shared: Mapping[str, Any] | None = None, mark: str = "") -> str:
-    """A row's name and those of its options that are not shared, in words."""
-    told = [
-        f"{key} {_cut(plain(value))}"
-        for key, value in row["options"].items()
-        if key not in (shared or {}) and value is not None and key != "peers"
-    ]
+def label(
+    row: Row, shared: Mapping[str, Any] | None = None, mark: str = "", sizes: Sizes | None = None
+) -> str:
+    """A row's name and those of its options that are not shared, in words; a constructor's by the size they make."""
+    told = []
+    for key, value in row["options"].items():
+        if key in (shared or {}) or value is None or value == [] or key == "peers":
+            continue
+        size = (sizes or {}).get(size_key(row["name"], value)) if key in CONSTRUCTED else None
+        told.append(size or _pair(key, value, cut=True))
     return f"{mark}{row['name']}{mark}" + (f" {', '.join(told)}" if told else "")
+
+
+def sizes(rows: Iterable[Row]) -> dict[str, str]:
+    """``size_key`` of networks → their parameters in words, different ones of a name in different words."""
+    counted: dict[str, tuple[str, int]] = {}
+    for row in rows:
+        count = row["entries"].get(OURS, {}).get("parameters")
+        for value in (row["options"].get(key) for key in CONSTRUCTED if count):
+            if value:
+                counted.setdefault(size_key(row["name"], value), (row["name"], count))
+    found: dict[str, str] = {}
+    taken: dict[tuple[str, str], int] = {}
+    for key, (name, count) in counted.items():
+        words = parameters(count)
+        again = taken[name, words] = taken.get((name, words), 0) + 1
+        found[key] = words if again == 1 else f"{words} (variant {again})"
+    return found
+
+
+def size_key(name: str, value: Any) -> str:
+    """Under which ``sizes`` has a constructor's options."""
+    return json.dumps([name, value], sort_keys=True)
+
+
+def legend(rows: Iterable[Row], mark: str = "") -> list[str]:
+    """What ``sizes`` stands for: a line for each network."""
+    lines = []
+    for key, words in sizes(rows).items():
+        name, value = json.loads(key)
+        lines.append(f"{mark}{name}{mark} {words}: {_plain_pairs(value)}")
+    return lines
+
+
+def parameters(count: int) -> str:
+    """``5440000`` → ``5.44 M parameters``."""
+    told = next((f"{number(count / scale)} {unit}" for scale, unit in SCALES if count >= scale), str(count))
+    return f"{told} parameters"
 
 
 def _cut(text: str) -> str:
@@ -119,10 +178,35 @@ def _cut(text: str) -> str:
 def plain(value: Any) -> str:
     """An option's value in words: a map as its pairs."""
     if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{k} {plain(v)}" for k, v in value.items()) + ")"
+        return f"({_plain_pairs(value)})"
     if isinstance(value, list | tuple):
         return "-".join(map(plain, value))
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _plain_pairs(value: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {plain(inner)}" for key, inner in value.items())
+
+
+def part(value: Any) -> str:
+    """As ``plain``, but of a map with a name, and of each in a list, the name and the rest: ``cfg (scale 2)``."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        return " + ".join(map(part, value))
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        rest = {key: inner for key, inner in value.items() if key != "name"}
+        return value["name"] + (f" ({pairs(rest)})" if rest else "")
+    return f"({pairs(value)})" if isinstance(value, Mapping) else plain(value)
+
+
+def pairs(value: Mapping[str, Any]) -> str:
+    """A map's keys and values in words, parts as in ``part``."""
+    return ", ".join(_pair(key, inner) for key, inner in value.items())
+
+
+def _pair(key: str, value: Any, cut: bool = False) -> str:
+    if key == "set" and isinstance(value, list | tuple):
+        return "set " + " ".join(str(change).removeprefix("stages.0.") for change in value)
+    return f"{key} {_cut(part(value)) if cut else part(value)}"
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ from imagen_kit.conditioning import Cond
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.hollow import hollow_parameters
 from imagen_kit.performance import Performance
+from imagen_kit.samplers.graphs import CudaGraph, warm_up
 
 T = TypeVar("T")
 #: How a network is run, by name → (what is compiled, whether a CUDA graph of it is replayed).
@@ -161,20 +162,16 @@ class Replayed:
 
     def __init__(self, run: Callable[[], Tensor]):
         self._run, self._out = run, torch.empty(0)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: CudaGraph | None = None
 
     def __call__(self) -> Tensor:
         """Replay; the answer is the same tensor every time."""
         if self._graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # libraries choose their kernels and take their memory
-                    self._run()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._out = self._run()
+            device = torch.device("cuda")
+            warm_up(self._run, device)
+            graph = CudaGraph(device)
+            self._out = graph.record(self._run)
+            self._graph = graph
         self._graph.replay()
         return self._out
 

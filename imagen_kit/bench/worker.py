@@ -20,6 +20,8 @@ from imagen_kit.bench.subject import Case
 
 #: What the system's killer of processes out of memory goes by: this one before the one that keeps the results.
 KILL_FIRST = "1000"
+#: What CUDA and torch say when a device, or torch's part of it, is in disorder until the process ends.
+BROKEN = ("CUDA error", "cudaError", "INTERNAL ASSERT FAILED", "outside graph capture", "during capture")
 
 
 def main() -> None:
@@ -74,7 +76,7 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
 
 def _broken(row: dict[str, Any]) -> bool:
     told = [row["reason"], *(entry.get("reason", "") for entry in row["entries"].values())]
-    return any("CUDA error" in reason or "cudaError" in reason for reason in told)
+    return any(word in reason for word in BROKEN for reason in told)
 
 
 if __name__ == "__main__":

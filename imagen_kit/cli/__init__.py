@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import typer
 
 from imagen_kit import __version__
 from imagen_kit.cli.bench import bench
+from imagen_kit.cli.common import Interrupted
 from imagen_kit.cli.compare import compare
 from imagen_kit.cli.convert import convert
 from imagen_kit.cli.evaluate import evaluate
@@ -22,6 +24,8 @@ from imagen_kit.cli.listing import list_parts
 from imagen_kit.cli.show import show
 from imagen_kit.cli.train import train
 from imagen_kit.errors import KitError
+
+INTERRUPTED = 130  # the exit code that shells give to what Ctrl-C stopped
 
 app = typer.Typer(
     name="imagen-kit",
@@ -68,12 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(
             args=None if arguments is None else list(arguments), prog_name="imagen-kit", standalone_mode=False
         )
+        if code == INTERRUPTED:  # typer's own answer to Ctrl-C, which says nothing
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except KitError as error:
         return _refuse(str(error))
+    except Interrupted as stopped:
+        return _interrupted(f": {stopped}")
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
     except Exception as error:
         # Some versions of typer have their own copy of click's exceptions: these are known by what they do.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -85,9 +92,14 @@ def _quiet() -> None:
     """Keep warnings of libraries off stderr, where our one line goes; ``python -W default`` shows them."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.utils._pytree").setLevel(
-            logging.ERROR
-        )  # torchao's, when transformers finds it
+        # torchao's, when transformers finds it
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for each try to reach the hub
+
+
+def _interrupted(advice: str = "") -> int:
+    print(f"interrupted{advice}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _refuse(message: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 WEIGHTS = ("real", "random")
 
 
+def _going_on(given: Mapping[str, Any]) -> str:
+    """What to do after Ctrl-C."""
+    from imagen_kit.bench.store import results_file
+
+    kept = None if given["output"] is None else results_file(given["output"])
+    if kept is None or not kept.exists():
+        return "nothing was measured yet, and the same command begins anew"
+    without = " without --fresh" if given["fresh"] else ""
+    return f"finished rows are in {kept}; the same command{without} goes on with the others"
+
+
+@common.interruptible(_going_on)
 def bench(
+    context: typer.Context,
     recipes: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE]...", help="Recipes to measure, whole and part by part."),
@@ -88,8 +101,10 @@ def bench(
         raise KitError(
             f"bench takes recipes, --suite, --compare, --roofline or --growth, one of them; given: {what}"
         )
+    _require_fitting(common.given_options(context), bool(given), suite is not None)
     if given:
-        _read(compare, roofline, growth, output)
+        with common.reading_results(compare or roofline or growth):
+            _read(compare, roofline, growth, output)
         return
     where = common.find_device(device)
     if suite is not None:
@@ -103,6 +118,22 @@ def bench(
     if budget is not None and not budget > 0:
         raise KitError(f"--budget must be more than 0 seconds, not {budget:g}")
     _run(replace(plan, budget=budget), output, fresh, dry_run)
+
+
+def _require_fitting(given: set[str], reads: bool, suite: bool) -> None:
+    """KitError for an option that would do nothing beside the others."""
+    of_recipes = [name for name in ("weights", "dtype", "assignments") if name in given]
+    of_rows = [name for name in ("only", "budget", "repeats", "fresh", "dry_run", "device") if name in given]
+    spoken = {"assignments": "--set", "dry_run": "--dry-run"}
+    if suite and of_recipes:
+        raise KitError(
+            f"{spoken.get(of_recipes[0], '--' + of_recipes[0])} is for recipes; a suite has its own"
+        )
+    if reads and (of_recipes or of_rows):
+        idle = (of_recipes + of_rows)[0]
+        raise KitError(
+            f"{spoken.get(idle, '--' + idle)} is for measuring; leave it out where results are read"
+        )
 
 
 def _read(

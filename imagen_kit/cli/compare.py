@@ -3,114 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from imagen_kit.cli import common
+from imagen_kit.cli import compare_options as words
 from imagen_kit.errors import KitError
 from imagen_kit.files import require_writable
 
-PICTURES, SAMPLES = 50, 1000  # of a cell, by default
+
+def _going_on(given: Mapping[str, Any]) -> str:
+    """What to do after Ctrl-C."""
+    from imagen_kit.evaluation.store import RESULTS
+
+    kept = Path(given["output"] or given["redraw"] or "") / RESULTS
+    if kept.exists():
+        return f"what was measured is in {kept}; the same command goes on with the rest"
+    return "nothing was measured yet, and the same command begins anew"
 
 
+@common.interruptible(_going_on)
 def compare(
     context: typer.Context,
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE|analytic:PROBLEM",
-            help="A shipped recipe, a YAML file, or a problem with a known answer: "
-            "analytic:gmm2d, gmm_image, gaussian, points.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="For results.json, report.html and tradeoff.png."),
-    ] = None,
-    samplers: Annotated[
-        str,
-        typer.Option("--samplers", help="Comma-separated; with options as in ddim:eta=1:spacing=karras."),
-    ] = "ddim,dpmpp_2m,heun,euler_ancestral",
-    caches: Annotated[
-        str | None,
-        typer.Option(
-            "--caches",
-            help="Step caches to draw with each sampler: none,deep_cache:every=3,first_block; the recipe's by default.",
-        ),
-    ] = None,
-    steps: Annotated[str | None, typer.Option("--steps", help="Comma-separated; 5,10,20 by default.")] = None,
-    nfe: Annotated[
-        str | None,
-        typer.Option("--nfe", help="Budgets in network evaluations instead of steps, comma-separated."),
-    ] = None,
-    guidance: Annotated[
-        str | None,
-        typer.Option(
-            "--guidance", help="Comma-separated scales of the first stage; the recipe's by default."
-        ),
-    ] = None,
-    seeds: Annotated[
-        str, typer.Option("--seeds", "--seed", help="Comma-separated: each repeats all with other noise.")
-    ] = "0",
-    spacing: Annotated[
-        str | None, typer.Option("--spacing", help="Time grid of all samplers; the recipe's by default.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option("--schedule", help="Of an analytic problem, e.g. edm or flow:shift=3.")
-    ] = "flow",
-    count: Annotated[
-        int | None,
-        typer.Option("-n", "--num", help=f"Pictures ({PICTURES}) or samples ({SAMPLES}) at each setting."),
-    ] = None,
-    language: Annotated[str, typer.Option("--language", help="Of the captions: en or zh.")] = "en",
-    split: Annotated[
-        str, typer.Option("--split", help="Of the captions: held_out, train or all.")
-    ] = "held_out",
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="One a line, in place of captions.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures at a time.")] = 50,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference", help="What counts as converged: SAMPLER@STEPS (dpmpp_3m@128), or exact (analytic)."
-        ),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            "--features",
-            help="For FID, KID, precision and recall: judge, pixels, timm:MODEL@FILE, open_clip:MODEL@FILE, "
-            "none; the judge's by default for captions.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="What they compare with: pocket, or folder:path=DIR.")
-    ] = None,
-    real: Annotated[
-        int | None, typer.Option("--data-num", help="Most real pictures or samples to compare with.")
-    ] = None,
-    lpips: Annotated[
-        Path | None,
-        typer.Option(
-            "--lpips", metavar="FILE", help="LPIPS with these torchvision weights of alexnet or vgg16."
-        ),
-    ] = None,
-    shown: Annotated[int, typer.Option("--thumbnails", help="Pictures of each setting in the report.")] = 4,
-    targets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target",
-            metavar="[QUALITY=]VALUE",
-            help="Say what is cheapest for this; repeatable, e.g. fid=20.",
-        ),
-    ] = None,
-    redraw: Annotated[
-        Path | None,
-        typer.Option("--redraw", metavar="DIR", help="Only draw report and plot again from DIR's results."),
-    ] = None,
+    target: words.Target = None,
+    output: words.Output = None,
+    samplers: words.Samplers = "ddim,dpmpp_2m,heun,euler_ancestral",
+    caches: words.Caches = None,
+    steps: words.Steps = None,
+    nfe: words.Nfe = None,
+    guidance: words.Guidance = None,
+    seeds: words.Seeds = "0",
+    spacing: words.Spacing = None,
+    schedule: words.Schedule = "flow",
+    count: words.Count = None,
+    language: words.Language = "en",
+    split: words.Split = "held_out",
+    prompts: words.Prompts = None,
+    batch_size: words.BatchSize = 50,
+    reference: words.Reference = None,
+    features: words.Features = None,
+    data: words.Data = None,
+    real: words.Real = None,
+    lpips: words.Lpips = None,
+    shown: words.Shown = 4,
+    targets: words.Targets = None,
+    redraw: words.Redraw = None,
     device: common.DeviceOption = None,
     dtype: common.DtypeOption = "fp32",
     assignments: common.SetOption = None,
@@ -121,7 +61,7 @@ def compare(
     evaluations, seconds and memory. A run that was stopped goes on where it was when the same command is given
     again.
     """
-    given = _given(context)
+    given = common.given_options(context)
     if redraw is not None:
         _redraw(redraw, targets or [], given)
         return
@@ -130,35 +70,33 @@ def compare(
     budget, counts = _budget(steps, nfe)
     scales = [None] if guidance is None else parse_numbers("--guidance", guidance)
     repeats = parse_whole("--seeds", seeds, least=0)
+    common.check_whole("--seeds", repeats[-1], 0, common.MOST_SEED)
     names = parse_samplers(samplers)
     cached = None if caches is None else parse_samplers(caches, "caches")
     bounds = (("--num", count, 1), ("--batch-size", batch_size, 1), ("--data-num", real, 1))
     for option, number, least in (*bounds, ("--thumbnails", shown, 0)):
-        if number is not None and number < least:
-            raise KitError(f"{option} must be at least {least}, not {number}")
+        if number is not None:
+            common.check_whole(option, number, least, common.MOST_PICTURES)
     require_writable(output, folder=True, make=False)
     from imagen_kit.cli import comparing
-
-    chosen = comparing.choose(
-        target,
-        comparing.Request(
-            samplers=names,
-            caches=cached,
-            counts=counts if budget == "steps" else [1],
-            given=given,
-            spacing=spacing,
-            schedule=schedule,
-            n=count or (SAMPLES if target.startswith(comparing.ANALYTIC) else PICTURES),
-            captions={"language": language, "split": split},
-            prompts=prompts,
-            batch_size=batch_size,
-            measured={"features": features, "data": data, "real": real, "lpips": lpips},
-            machine={"device": device, "dtype": dtype},
-            assignments=assignments or (),
-        ),
-    )
     from imagen_kit.evaluation import compare as comparison
 
+    request = comparing.Request(
+        samplers=names,
+        caches=cached,
+        counts=counts if budget == "steps" else [1],
+        given=given,
+        spacing=spacing,
+        schedule=schedule,
+        n=count or (words.SAMPLES if target.startswith(comparing.ANALYTIC) else words.PICTURES),
+        captions={"language": language, "split": split},
+        prompts=prompts,
+        batch_size=batch_size,
+        measured={"features": features, "data": data, "real": real, "lpips": lpips},
+        machine={"device": device, "dtype": dtype},
+        assignments=assignments or (),
+    )
+    chosen = comparing.choose(target, request)
     results = comparison.run(
         chosen.subject,
         chosen.entries,
@@ -176,19 +114,15 @@ def compare(
     _conclude(results, output)
 
 
-def _given(context: typer.Context) -> set[str]:
-    """The names of the options that stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
 def _redraw(folder: Path, targets: list[str], given: set[str]) -> None:
     others = sorted(given - {"redraw", "targets"})
     if others:
         raise KitError(f"--redraw draws what was measured and takes only --target; leave out {others[0]!r}")
     from imagen_kit.evaluation import compare as comparison
 
-    _conclude(comparison.redraw(folder, targets), folder)
+    with common.reading_results(folder):
+        results = comparison.redraw(folder, targets)
+    _conclude(results, folder)
 
 
 def _conclude(results: dict[str, Any], folder: Path) -> None:

@@ -16,6 +16,9 @@ LANGUAGES = ("en", "zh")
 SPLITS = ("train", "held_out", "all")
 
 
+@common.interruptible(
+    lambda _: "nothing was written; the same command begins anew, and a smaller -n ends sooner"
+)
 def evaluate(
     recipe: common.RecipeArgument,
     count: Annotated[int, typer.Option("-n", "--num", help="Captions in each language.")] = 200,
@@ -36,8 +39,9 @@ def evaluate(
     assignments: common.SetOption = None,
 ) -> None:
     """Draw captions of the pocket world and let the judge read them back."""
-    if count < 1 or batch_size < 1:
-        raise KitError(f"--num and --batch-size must be at least 1, not {min(count, batch_size)}")
+    common.check_whole("--num", count, 1, common.MOST_PICTURES)
+    common.check_whole("--batch-size", batch_size, 1, common.MOST_PICTURES)
+    common.check_whole("--seed", seed, 0, common.MOST_SEED)
     if split not in SPLITS:
         raise KitError("--split: " + unknown("split", split, SPLITS))
     chosen = parse_languages(languages)
@@ -45,11 +49,9 @@ def evaluate(
         require_writable(output)
     scale = common.check_guidance(guidance)
     checked = common.load_recipe(recipe, assignments, sampler, steps)
-    where, precision = common.find_device(device), common.find_dtype(dtype)
-    with common.working(f"loading {checked.name}"):
-        from imagen_kit.evaluation import pocket
+    pipeline = common.build(checked, device, dtype)
+    from imagen_kit.evaluation import pocket
 
-        pipeline = checked.build(where, precision)
     report = pocket.evaluate(
         pipeline,
         n=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +14,10 @@ from imagen_kit.errors import KitError
 from imagen_kit.files import require_writable
 
 if TYPE_CHECKING:
-    import torch
-
     from imagen_kit.pipeline import Pipeline
 
 
+@common.interruptible(lambda _: "no picture was written; the same command draws the same ones")
 def generate(
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; each prompt in quotes.")
@@ -54,27 +54,19 @@ def generate(
 
     The same prompt, seed and settings give the same picture, whatever else is drawn with it.
     """
-    from imagen_kit.images import output_paths
     from imagen_kit.performance.compiling import compile_seconds
 
     for place, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise KitError(f"prompt {place} is empty")
-    if num < 1:
-        raise KitError(f"--num must be at least 1, not {num}")
-    if batch_size is not None and batch_size < 1:
-        raise KitError(f"--batch-size must be at least 1, not {batch_size}")
-    for path in output_paths(output, len(prompts) * num):
-        require_writable(path.parent, folder=True, make=False)
-        if path.is_dir():
-            raise KitError(f"cannot write {path}: it is a folder")
+    common.check_whole("--num", num, 1, common.MOST_PICTURES // len(prompts))
+    if batch_size is not None:
+        common.check_whole("--batch-size", batch_size, 1, common.MOST_PICTURES)
+    _require_places(output, len(prompts) * num)
     scale = common.check_guidance(guidance)
     further = [_weighted(text) for text in also or ()]
-    checked = common.load_recipe(recipe, assignments, sampler, steps)
-    where, precision = common.find_device(device), common.find_dtype(dtype)
-    with common.working(f"loading {checked.name}"):
-        pipeline = checked.build(where, precision)
-    typer.echo(_how(pipeline, where), err=True)
+    pipeline = common.build(common.load_recipe(recipe, assignments, sampler, steps), device, dtype)
+    typer.echo(_how(pipeline), err=True)
     began = time.perf_counter()
     images = pipeline(
         prompts,
@@ -94,19 +86,32 @@ def generate(
     typer.echo(f"{len(images)} picture{'s' * (len(images) != 1)} in {seconds:.1f} s{spent}", err=True)
 
 
-def _how(pipeline: Pipeline, device: torch.device) -> str:
+def _require_places(output: Path, count: int) -> None:
+    """KitError unless ``count`` pictures can be written there."""
+    from imagen_kit.images import output_paths
+
+    try:
+        for path in output_paths(output, count):
+            if path.is_dir():
+                raise KitError(f"cannot write {path}: it is a folder")
+        require_writable(path.parent, folder=True, make=False)
+    except OSError as error:  # a name that the file system refuses
+        raise KitError(f"cannot write {output}: {error.strerror}") from error
+
+
+def _how(pipeline: Pipeline) -> str:
     """``cpu, 2 threads: base bf16 channels-last eager, sr channels-last eager``."""
     from imagen_kit.performance.automatic import machine
 
     stages = [f"{stage.name} {stage.performance.brief()}" for stage in pipeline.stages]
-    return f"{machine(device)}: {', '.join(stages)}"
+    return f"{machine(pipeline.device)}: {', '.join(stages)}"
 
 
 def _weighted(text: str) -> tuple[str, float]:
     """``watercolour:2`` as (text, weight)."""
     prompt, colon, weight = text.rpartition(":")
     try:
-        if colon and prompt.strip():
+        if colon and prompt.strip() and math.isfinite(float(weight)):
             return prompt, float(weight)
     except ValueError:
         pass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,17 @@ from imagen_kit.errors import KitError
 from imagen_kit.files import require_writable
 
 
+def _going_on(given: Mapping[str, Any]) -> str:
+    """What to do after Ctrl-C."""
+    from imagen_kit.training.state import CHECKPOINT
+
+    kept = Path(given["output"]) / CHECKPOINT
+    if kept.exists():
+        return f"the same command with --resume goes on from {kept}"
+    return "there is no checkpoint yet, and the same command begins anew; train.checkpoint_every is how often one is"
+
+
+@common.interruptible(_going_on)
 def train(
     recipe: common.RecipeArgument,
     output: Annotated[

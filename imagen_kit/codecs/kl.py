@@ -19,6 +19,8 @@ from imagen_kit.codecs import register
 from imagen_kit.errors import KitError
 
 _LOGVAR = (-30.0, 20.0)  # the range the official code clamps to
+#: Numbers of an activation from which on a CPU is no faster with more: one by one took 0.95 to 1.05 of the time.
+_ENOUGH = 2**19
 
 
 class ResBlock(nn.Module):
@@ -214,7 +216,7 @@ class Kl(nn.Module):
         if not 0 <= overlap <= 0.5:
             raise KitError(f"kl overlap {overlap:g} must lie between 0 and 0.5 of a tile")
         self.channels, self.factor = channels, 2 ** (len(widths) - 1)
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self._width = scale, shift, widths[0]
         self.picture_channels, self.tile, self.overlap = picture_channels, tile, overlap
         self.encoder = Encoder(picture_channels, channels, stem or widths[0], widths, blocks, groups, attend)
         self.decoder = Decoder(picture_channels, channels, widths, blocks, groups, attend)
@@ -269,11 +271,16 @@ class Kl(nn.Module):
         return self.decode(self.encode(pictures))
 
     def _decode(self, z: Tensor) -> Tensor:
-        if z.device.type == "cpu" and len(z) > 1:  # no slower one by one, and in the memory of one
-            return torch.cat([self._decode(one) for one in z.split(1)])
+        if z.device.type == "cpu" and len(z) > (few := self._together(z)):
+            return torch.cat([self._decode(some) for some in z.split(few)])
         # channels last, as all that follow stay then: convolutions at the picture's size need no copies
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).contiguous()
+
+    def _together(self, z: Tensor) -> int:
+        """Pictures that a CPU decodes at once: as many as it has work enough with, in the memory of so many."""
+        pixels = z.shape[-2] * z.shape[-1] * self.factor**2
+        return math.ceil(_ENOUGH / (pixels * self._width))
 
     def _tiled(self, z: Tensor) -> Tensor:
         """The weighted mean of overlapping tiles; weights fall off linearly towards a tile's borders."""

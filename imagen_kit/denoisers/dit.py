@@ -26,6 +26,7 @@ from imagen_kit.denoisers.layers.transformer import (
     Mlp,
     PatchEmbed,
     SelfAttention,
+    gated,
     modulate,
     sincos_positions,
 )
@@ -94,10 +95,10 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, context: Context, mask: Tensor | None) -> Tensor:
         """Patches (b, n, d), conditioning (b, d), the block's share of the text, mask (b, m) → (b, n, d)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         if self.norm_cross is not None and self.cross_attn is not None and context is not None:
             x = x + self.cross_attn(self.norm_cross(x), context, mask)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -227,9 +228,8 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(
-            self.x_embedder.proj.weight.flatten(1)
-        )  # a matrix in the shape of a convolution
+        # a matrix in the shape of a convolution
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         for module in self.modules():
             if isinstance(module, TimestepEmbedder):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
 from imagen_kit.denoisers.dit import FinalLayer
+from imagen_kit.denoisers.layers.activated import split_gelu
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
 from imagen_kit.denoisers.layers.heads import split_heads
@@ -33,7 +34,7 @@ from imagen_kit.denoisers.layers.joint import (
     to_patches,
 )
 from imagen_kit.denoisers.layers.rope import Rotation, default_widths, picture_places, rotate, rotation
-from imagen_kit.denoisers.layers.transformer import Mlp, modulate
+from imagen_kit.denoisers.layers.transformer import Mlp, gated, modulate
 from imagen_kit.errors import KitError
 
 RUNTIME = {"checkpointing": False}
@@ -119,8 +120,8 @@ class DoubleBlock(nn.Module):
     def _after(self, stream: str, x: Tensor, answer: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """Stream and attention's answer, both (b, n, d) → (b, n, d)."""
         norm, mlp = getattr(self, f"{stream}_norm2"), getattr(self, f"{stream}_mlp")
-        x = x + parts[2][:, None] * getattr(self, f"{stream}_attn").proj(answer)
-        return x + parts[5][:, None] * mlp(modulate(norm(x), parts[3], parts[4]))
+        x = gated(x, parts[2], getattr(self, f"{stream}_attn").proj(answer))
+        return gated(x, parts[5], mlp(modulate(norm(x), parts[3], parts[4])))
 
     def forward(self, tokens: Tensor, m: int, c: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         """Tokens (b, m + n, d) with m of text, conditioning (b, d), mask (b, m + n) → (b, m + n, d)."""
@@ -141,7 +142,7 @@ class SingleBlock(nn.Module):
     def __init__(self, dim: int, heads: int, details: Mapping[str, Any]):
         super().__init__()
         hidden = int(dim * details["mlp_ratio"])
-        self.head_dim, self.cut = dim // heads, [3 * dim, hidden]
+        self.head_dim, self.attended = dim // heads, 3 * dim
         self.modulation = Modulation(dim, 3)
         self.pre_norm = _norm(dim)
         self.linear1 = nn.Linear(dim, 3 * dim + hidden)
@@ -152,12 +153,13 @@ class SingleBlock(nn.Module):
     def forward(self, tokens: Tensor, c: Tensor, turn: Rotation, mask: Tensor | None) -> Tensor:
         """Tokens (b, m + n, d), conditioning (b, d), mask (b, m + n) → (b, m + n, d)."""
         shift, scale, gate = self.modulation(c)
-        qkv, hidden = self.linear1(modulate(self.pre_norm(tokens), shift, scale)).split(self.cut, dim=-1)
+        cells = modulate(self.pre_norm(tokens), shift, scale)
+        qkv, hidden = split_gelu(self.linear1, cells, self.attended, "tanh")
         q, k, v = split_heads(qkv, 3, self.head_dim)
         q, k = self.norm(q, k)
         answer = self.attend(rotate(q, turn), rotate(k, turn), v, mask)
-        out = self.linear2(torch.cat([answer, F.gelu(hidden, approximate="tanh")], dim=-1))
-        return tokens + gate[:, None] * out
+        out = self.linear2(torch.cat([answer, hidden], dim=-1))
+        return gated(tokens, gate, out)
 
 
 @register("flux")

@@ -31,7 +31,13 @@ from imagen_kit.denoisers.layers.joint import (
     initialise,
     joint_mask,
 )
-from imagen_kit.denoisers.layers.transformer import Mlp, PatchEmbed, modulate, sincos_positions
+from imagen_kit.denoisers.layers.transformer import (
+    Mlp,
+    PatchEmbed,
+    gated,
+    modulate,
+    sincos_positions,
+)
 from imagen_kit.errors import KitError
 
 RUNTIME = {"checkpointing": False, "channels_last": False}
@@ -110,11 +116,11 @@ class Stream(nn.Module):
         """The stream (b, n, d) and attention's answer (b, n, d) → (b, n, d)."""
         second = None
         if self.attn2 is not None:  # it reads the same normalised patches as the joint attention
-            second = parts[8][:, None] * self.attn2(modulate(self.norm1(x), parts[6], parts[7]))
-        x = x + parts[2][:, None] * self.attn.proj(answer)
+            second = self.attn2(modulate(self.norm1(x), parts[6], parts[7]))
+        x = gated(x, parts[2], self.attn.proj(answer))
         if second is not None:
-            x = x + second
-        return x + parts[5][:, None] * self.mlp(modulate(self.norm2(x), parts[3], parts[4]))
+            x = gated(x, parts[8], second)
+        return gated(x, parts[5], self.mlp(modulate(self.norm2(x), parts[3], parts[4])))
 
 
 class JointBlock(nn.Module):

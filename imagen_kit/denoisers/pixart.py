@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imagen_kit.conditioning import Cond
 from imagen_kit.denoisers import register
+from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.context import Context, number, remember, share
 from imagen_kit.denoisers.layers.embeddings import TimestepEmbedder
@@ -29,6 +30,7 @@ from imagen_kit.denoisers.layers.transformer import (
     Mlp,
     PatchEmbed,
     SelfAttention,
+    gated,
     modulate,
     sincos_positions,
 )
@@ -74,9 +76,9 @@ class PixArtBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + c).unbind(1)
         cells = modulate(self.norm1(x), shift1, scale1)
         within = self.attn(cells, grid) if isinstance(self.attn, CompressedAttention) else self.attn(cells)
-        x = x + gate1[:, None] * within
+        x = gated(x, gate1, within)
         x = x + self.cross_attn(x, text, mask)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -99,12 +101,12 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, dim: int, out: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, out)
+        self.fc1 = LinearGelu(dim, out, "tanh")
         self.fc2 = nn.Linear(out, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, m, dim) → (b, m, out)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.fc1(x))
 
 
 class CaptionEmbedder(nn.Module):

@@ -137,6 +137,8 @@ def redraw(folder: str | Path, targets: Sequence[str] = ()) -> dict[str, Any]:
         KitError: no results there, a target that is no quality of theirs, a folder that cannot be written.
     """
     results = read(folder)
+    if not results["cells"]:
+        raise KitError(f"{Path(folder) / RESULTS} holds no finished setting; run the comparison first")
     summary.parse_targets(targets, results["qualities"])
     require_writable(folder, folder=True, make=False)
     return conclude(results, Path(folder), targets)

@@ -337,7 +337,7 @@ def draws_noise(sampler: Any, schedule: Any) -> bool:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank; KitError where there is none to read."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise KitError(
             f"--prompts: cannot read {path}: {getattr(error, 'strerror', None) or error}"

@@ -169,7 +169,7 @@ def foremost_cost(points: Sequence[Mapping[str, Any]]) -> str:
 def _paid(point: Point) -> str:
     """``20 evaluations``, with a cache ``20 evaluations with the work of 11.3``."""
     work = "" if point.get("work") in (None, point["nfe"]) else f" with the work of {point['work']:.3g}"
-    return f"{point['nfe']:g} evaluations{work}"
+    return f"{point['nfe']:g} evaluation{'s' * (point['nfe'] != 1)}{work}"
 
 
 def spoken(guidance: float | None) -> str:

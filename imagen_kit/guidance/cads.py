@@ -14,6 +14,7 @@ from imagen_kit.errors import KitError
 from imagen_kit.guidance import register
 from imagen_kit.guidance.base import Conditioning, Generators, Guidance, Step, number
 from imagen_kit.guidance.vectors import cast
+from imagen_kit.sending import send
 
 BLOCK = 16  # tokens whose noise is drawn together
 
@@ -58,9 +59,7 @@ def normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
                 for source in generators
             ]
         )
-    if like.device.type == "cuda":  # pinned memory is copied without stalling the device
-        return noise.pin_memory().to(like.device, non_blocking=True)
-    return noise.to(like.device)
+    return send(noise, like.device)
 
 
 @register("cads", extra_evaluations="none", works_in="conditioning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ def find(name_or_path: str | Path) -> Path:
         return next(
             folder / f"{text}{suffix}" for suffix in SUFFIXES if (folder / f"{text}{suffix}").is_file()
         )
-    if path.is_file():
+    if _is_file(path):
         return path
     if path.suffix in SUFFIXES and path.parent.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES]
@@ -49,6 +50,14 @@ def find(name_or_path: str | Path) -> Path:
         hint = f"; did you mean {path.parent / guess}?" if guess else ""
         raise KitError(f"recipe file {path} does not exist{hint}")
     raise KitError(unknown("recipe", text, names()) + " (a file of your own: give its path)")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; no name that a file system refuses is one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,13 +82,17 @@ _Loader.add_implicit_resolver(
 def parse(text: str, source: str) -> Any:
     """The value of a YAML text; KitError with line and column when it is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)
+    except (RecursionError, ValueError) as error:  # json's word for an anchor inside of itself
+        raise KitError(f"{source}: a value that contains itself, or too many brackets") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise KitError(f"{source}:{where}: {error.problem}".replace("::", ":")) from error
     except yaml.YAMLError as error:
         raise KitError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    return value
 
 
 def read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,8 @@ from imagen_kit.samplers.tableau import Denoise, Noise, Tableau
 
 #: Runs before the capture, in which libraries choose their kernels and allocate their workspaces.
 WARM_UP = 3
+#: What torch says of an operation that waits, in its debug mode.
+WAITED = "called a synchronizing CUDA operation"
 
 
 class Graph(Protocol):
@@ -40,20 +44,77 @@ class CudaGraph:
     """
 
     def __init__(self, device: torch.device, pool: Any = None, generators: Sequence[torch.Generator] = ()):
-        self._device, self._pool, self._graph = device, pool, torch.cuda.CUDAGraph()
+        self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
         for generator in generators:
             self._graph.register_generator_state(generator)
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run the function, recording; what it raises gets out, and the device is as it was before."""
+        before, raised = torch.cuda.current_stream(self._device), []
+
+        def watched() -> Tensor:
+            try:
+                return function()
+            except BaseException as error:
+                raised.append(error)
+                raise
+
         # thread_local: another thread that loads data may go on allocating
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            return function()
+        recording = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.device(self._device), recording:
+                return watched()
+        except BaseException as error:
+            torch.cuda.set_stream(before)  # torch up to 2.14 stays on the recording's own where its end fails
+            _mend(self._device, self._pool)
+            raise (raised or [error])[0] from None  # the end of a recording that failed says less
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _mend(device: torch.device, pool: Any) -> None:
+    """Let a device go on whose recording failed.
+
+    The allocator believes that the recording is still under way, and would not free memory any more; torch's own
+    generator (up to 2.11) refuses to draw until a later recording ends well.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError, AttributeError):  # it ended, and only the function raised
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+        some = torch.empty(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            some.zero_()
+
+
+@contextlib.contextmanager
+def waiting(device: torch.device) -> Iterator[list[str]]:
+    """A block of code whose waits for the device are listed, one line each, once it has ended; none off CUDA.
+
+    What waits is what CUDA's own debug mode knows: numbers that are read, and memory that is sent or fetched while
+    the host stands still. None of it can be recorded.
+    """
+    told: list[str] = []
+    if device.type != "cuda":
+        yield told
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        said.clear()  # the mode introduces itself
+        try:
+            yield told
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in said:
+        if WAITED in str(warning.message):
+            told.append(f"{warning.filename}:{warning.lineno}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Recorded:
@@ -135,7 +196,7 @@ def graphed(
             return lambda start: run(checked(start))
         if any(source.device.type != "cuda" for source in each):
             raise KitError("a CUDA graph draws its noise on the device; give generators of the device 'cuda'")
-        _warm_up(lambda: run(x, *_like(x, noise, tableau)), x.device, each)
+        warm_up(lambda: run(x, *_like(x, noise, tableau)), x.device, each)
 
     recorder = CudaGraph(x.device, generators=each) if graph is None else graph(x.device)
     recorded = Recorded(run, [x, *_like(x, noise, tableau)], recorder)
@@ -153,7 +214,9 @@ def _like(x: Tensor, noise: Noise | None, tableau: Tableau) -> list[Tensor]:
     return [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(count)]
 
 
-def _warm_up(run: Callable[[], Tensor], device: torch.device, generators: Sequence[torch.Generator]) -> None:
+def warm_up(
+    run: Callable[[], Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> None:
     """Some runs beside the current stream, of which the generators keep no trace."""
     states = [source.get_state() for source in generators]
     stream = torch.cuda.Stream(device)

@@ -54,6 +54,7 @@ class GridOptions:
 
 
 #: Spacings that keep to the whole times of a discrete schedule, and so end with them.
+MOST_STEPS = 100_000
 WHOLE_TIMES = ("linspace", "leading", "trailing", "auto")
 Spacing = Callable[[Schedule, int, bool, GridOptions], np.ndarray]
 SPACINGS: dict[str, Spacing] = {}
@@ -224,6 +225,8 @@ def grid(
     """
     if spacing not in SPACINGS:
         raise KitError(unknown("spacing", spacing, SPACINGS))
+    if steps > MOST_STEPS:
+        raise KitError(f"steps must be at most {MOST_STEPS:,}, not {steps:,}")
     at_zero = final == "zero"
     closed = not at_zero if options.closed is None else options.closed
     most = schedule.discrete - closed if schedule.discrete else steps

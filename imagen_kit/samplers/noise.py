@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imagen_kit.errors import KitError
 from imagen_kit.samplers.tableau import working_dtype
+from imagen_kit.sending import send
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -40,8 +41,8 @@ class Gaussian:
 
     def __call__(self) -> Tensor:
         if self.each is None:
-            return self._draw(self.shape, self.one)
-        return torch.stack([self._draw(self.shape[1:], source) for source in self.each])
+            return send(self._draw(self.shape, self.one), self.device)
+        return send(torch.stack([self._draw(self.shape[1:], source) for source in self.each]), self.device)
 
     def fill_(self, out: Tensor) -> None:
         """Draw into ``out``, a contiguous tensor of the shape, on the generators' device."""
@@ -53,4 +54,4 @@ class Gaussian:
 
     def _draw(self, shape: torch.Size, source: torch.Generator | None) -> Tensor:
         device = self.device if source is None else source.device
-        return torch.randn(shape, generator=source, device=device, dtype=self.dtype).to(self.device)
+        return torch.randn(shape, generator=source, device=device, dtype=self.dtype)

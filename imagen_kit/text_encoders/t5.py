@@ -12,12 +12,13 @@ from torch import Tensor
 from imagen_kit.errors import KitError, unknown
 from imagen_kit.hollow import hollow, is_hollow
 from imagen_kit.text_encoders import huggingface, register
+from imagen_kit.text_encoders.captions import cleaned, lowered
 from imagen_kit.text_encoders.t5_network import KINDS, T5Network, T5Settings
 from imagen_kit.text_encoders.t5_weights import EXECUTIONS, RandomWeights, StoredWeights, fill
 from imagen_kit.text_encoders.tokenizers import (
     ByteTokenizer,
-    LowercaseTokenizer,
     MissingTokenizer,
+    PreparedTokenizer,
     Tokenizer,
 )
 from imagen_kit.text_encoders.transformer import TransformerEncoder, precision
@@ -76,8 +77,8 @@ class T5TextEncoder(TransformerEncoder):
         tokenizer: ``auto`` (the folder's own; bytes where the vocabulary is ByT5's and the folder has none),
             ``bytes``, or a folder or hub id. ``auto`` means bytes for random weights, folded into a smaller
             vocabulary; ``none`` leaves them without one.
-        lowercase: read prompts in lower case, without blanks at their ends (DeepFloyd IF and PixArt, whose
-            cleaning of captions begins with that).
+        lowercase: read prompts in lower case, without blanks at their ends; ``cleaned``: also without what the
+            captions lost that DeepFloyd IF and PixArt were trained on, see ``text_encoders.captions``.
         max_length: most tokens of a prompt, end token included (Imagen: 128); longer prompts are cut.
         layer: ``last``, ``penultimate`` or a negative number; T5's final norm is applied to all of them.
         padding: ``masked``; ``kept`` for DeepFloyd IF; ``attended`` for SD3 and FLUX.
@@ -85,9 +86,11 @@ class T5TextEncoder(TransformerEncoder):
         dtype: ``auto`` (fp32; bf16 from a billion parameters on), ``fp32`` or ``bf16``.
         cache: number of prompts remembered.
         seed: of random weights.
-        execution: where the weights of the blocks are. ``whole``: in memory. ``streamed``: in their file, from
-            which each block is read at its turn, the next one meanwhile (of random weights it is drawn anew):
-            an XXL encoder in the memory of its embeddings and two blocks, with the same embeddings bit for bit.
+        execution: where the weights of the blocks are. ``whole``: in memory. ``packed``: in memory, in the order
+            in which a CPU reads them: faster; see ``imagen_kit.performance.prepacking``. ``streamed``: in their
+            file, from which each block is read at its turn, the next one meanwhile (of random weights it is drawn
+            anew): an XXL encoder in the memory of its embeddings and two blocks, with the same embeddings bit for
+            bit.
             ``int8``: in memory in eight bits with a scale for each row, half of bf16; see
             ``imagen_kit.performance.rowwise``.
 
@@ -102,7 +105,7 @@ class T5TextEncoder(TransformerEncoder):
         weights: str | Path = "random",
         size: str | dict[str, Any] | None = None,
         tokenizer: str = "auto",
-        lowercase: bool = False,
+        lowercase: bool | str = False,
         max_length: int = 128,
         layer: str | int = "last",
         padding: str = "masked",
@@ -122,7 +125,7 @@ class T5TextEncoder(TransformerEncoder):
         super().__init__(
             "t5",
             network,
-            LowercaseTokenizer(words) if lowercase else words,
+            _prepared(words, lowercase),
             depth=settings.num_layers,
             layer=layer,
             padding=padding,
@@ -164,6 +167,15 @@ def _open(
     words = _tokenizer(tokenizer, source, settings.vocab_size)
     network = _hollow(settings)
     return network, StoredWeights(source, network), words
+
+
+def _prepared(words: Tokenizer, lowercase: bool | str) -> Tokenizer:
+    """The tokenizer, told how prompts are written before it reads them."""
+    if lowercase is False:
+        return words
+    if lowercase not in (True, "cleaned"):
+        raise KitError(unknown("choice of lowercase", lowercase, ("false", "true", "cleaned")))
+    return PreparedTokenizer(words, cleaned if lowercase == "cleaned" else lowered)
 
 
 def _hollow(settings: T5Settings) -> T5Network:

@@ -6,7 +6,7 @@ padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from imagen_kit.errors import KitError
@@ -77,19 +77,20 @@ class BpeTokenizer:
         return out
 
 
-class LowercaseTokenizer:
-    """Another tokenizer that is shown prompts in lower case, without blanks at their ends.
+class PreparedTokenizer:
+    """Another tokenizer that is shown prompts as ``prepare`` makes them, such as in lower case.
 
     Args:
         tokenizer: the other one.
+        prepare: a prompt to the text that it is read as.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prepare: Callable[[str], str]):
+        self._tokenizer, self._prepare = tokenizer, prepare
         self.pad_id = tokenizer.pad_id
 
     def __call__(self, prompts: Sequence[str], max_length: int) -> list[list[int]]:
-        return self._tokenizer([prompt.lower().strip() for prompt in prompts], max_length)
+        return self._tokenizer([self._prepare(prompt) for prompt in prompts], max_length)
 
 
 class MissingTokenizer:
@@ -119,4 +120,6 @@ class PretrainedTokenizer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def __call__(self, prompts: Sequence[str], max_length: int) -> list[list[int]]:
-        return self._tokenizer(list(prompts), truncation=True, max_length=max_length)["input_ids"]
+        # Half a surrogate pair, as a terminal's bytes that are no UTF-8 become, is no text: "?", as among bytes.
+        text = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]
+        return self._tokenizer(text, truncation=True, max_length=max_length)["input_ids"]

@@ -33,22 +33,16 @@ def run(
     """
     from imagen_kit import recipe as recipes
     from imagen_kit.errors import KitError
+    from imagen_kit.files import require_writable
     from imagen_kit.training import loop, tasks
     from imagen_kit.training.state import CHECKPOINT
 
     loaded = recipes.load(recipe, overrides)
     if loaded.train is None:
         raise KitError(f"recipe {recipe} has no train section; add one, e.g. train: {{steps: 1000}}")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise KitError(
-            f"output folder {folder} cannot be written ({error.strerror}); choose another"
-        ) from error
+    folder = require_writable(out, folder=True, make=False)
     if not resume and (folder / CHECKPOINT).exists():
         raise KitError(f"output folder {folder} holds a run already; add --resume, or choose another folder")
-    return loop.train(tasks.build(loaded), folder, resume=resume, progress=progress)
+    task = tasks.build(loaded)
+    require_writable(folder, folder=True)  # made only now: what is refused leaves nothing behind
+    return loop.train(task, folder, resume=resume, progress=progress)

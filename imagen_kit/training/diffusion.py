@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from imagen_kit import prediction
 from imagen_kit.conditioning import Cond, TextEmbeddings
 from imagen_kit.data.base import Dataset
+from imagen_kit.sending import send
 from imagen_kit.training.config import TimesConfig, TrainConfig
 
 
@@ -91,17 +92,15 @@ def denoising_loss(
         weight: of the squared error, from alpha and sigma (b,).
         sigma_data: spread of the data, for ``edm``.
     """
-    device = x0.device
     alpha, sigma = schedule.alpha_sigma(t)
-    scale = torch.as_tensor(weight(alpha, sigma)).float().to(device)
-    x = schedule.add_noise(x0, noise, t.to(device))
-    goal = prediction.target(told, x0, noise, alpha.to(device), sigma.to(device), sigma_data)
-    seen, time = prediction.network_input(
-        told, x, t.to(device), alpha.to(device), sigma.to(device), sigma_data
-    )
+    scale = torch.as_tensor(weight(alpha, sigma), dtype=torch.float64).expand_as(t)
+    t, alpha, sigma, scale = send(torch.stack([t, alpha, sigma, scale]), x0.device)
+    x = schedule.add_noise(x0, noise, t)
+    goal = prediction.target(told, x0, noise, alpha, sigma, sigma_data)
+    seen, time = prediction.network_input(told, x, t, alpha, sigma, sigma_data)
     output = module(seen, time.float(), cond).float()[:, : x0.shape[1]]
     error = (output - goal).square().flatten(1).mean(1)
-    return (error * scale).mean()
+    return (error * scale.float()).mean()
 
 
 class DiffusionTask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -72,6 +74,34 @@ def test_packages_are_added_and_counters_wrap(monkeypatch, tmp_path):
 def test_no_meter_where_the_system_shows_none(monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "RAPL", tmp_path)
     assert energy.find_meter(CPU) is None
+
+
+class Nvml:
+    """The driver's library: a GPU by its UUID, an energy in millijoules."""
+
+    def __init__(self, millijoules, known=b"GPU-12ab-34cd"):
+        self.readings, self.known = iter(millijoules), known
+
+    def nvmlInit_v2(self):
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, told, handle):
+        return 0 if told == self.known else 6  # NVML_ERROR_NOT_FOUND
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, used):
+        used._obj.value = next(self.readings)
+        return 0
+
+
+def test_a_gpu_is_read_in_joules_of_its_own(monkeypatch):
+    told = SimpleNamespace(uuid="12ab-34cd")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: Nvml([0, 5_000, 8_000]))
+    cuda = torch.device("cuda")
+    assert energy.joules(lambda: None, cuda, 1e-9, energy.find_meter(cuda)) == pytest.approx(3.0)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda name: Nvml([0], known=b"GPU-another"))
+    assert energy.find_meter(cuda) is None
 
 
 def test_ceilings_are_work_over_time(monkeypatch):

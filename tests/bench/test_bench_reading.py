@@ -118,6 +118,54 @@ class TestTable:
         assert len({line.count("|") for line in told[2:]}) == 1
         assert "denoiser: all with dtype fp32, mode eager" in table.screen(rows)
 
+    def test_networks_are_told_by_their_size_and_explained_once(self):
+        wide, deep = {"width": 64, "depth": 2}, {"width": 32, "depth": 8}
+        rows = [
+            row("dit", entry(0.01, parameters=5_440_000), network=wide, batch=1),
+            row("dit", entry(0.02, parameters=5_440_000), network=wide, batch=2),
+            row("dit", entry(0.02, parameters=5_440_000), network=deep, batch=2),
+            row("kl", entry(0.02, parameters=900), options={"blocks": 1}, batch=2),
+            row("dit", None, status="out of memory", network=wide, batch=512),
+        ]
+        sizes = table.sizes(rows)
+        assert [table.label(r, mark="`", sizes=sizes) for r in rows] == [
+            "`dit` 5.44 M parameters, batch 1",
+            "`dit` 5.44 M parameters, batch 2",
+            "`dit` 5.44 M parameters (variant 2), batch 2",
+            "`kl` 900 parameters, batch 2",
+            "`dit` 5.44 M parameters, batch 512",
+        ]
+        assert table.legend(rows, "`") == [
+            "`dit` 5.44 M parameters: depth 2, width 64",
+            "`dit` 5.44 M parameters (variant 2): depth 8, width 32",
+            "`kl` 900 parameters: blocks 1",
+        ]
+        assert (
+            table.label(rows[0]) == "dit network (width 64, depth 2), batch 1"
+        )  # of a row that nothing explains
+        alone = table.markdown(rows[:2], rows)
+        assert "| `dit` 5.44 M parameters, batch 1 |" in alone
+        assert table.screen(rows).endswith("kl 900 parameters: blocks 1")
+
+    def test_parameters_have_their_unit(self):
+        given = (17, 2_500, 32_900_000, 2_310_000_000)
+        assert [table.parameters(count) for count in given] == [
+            *("17 parameters", "2.50 k parameters", "32.9 M parameters", "2.31 B parameters")
+        ]
+
+    def test_parts_are_told_by_their_names(self):
+        told = {
+            "guidance": [
+                {"name": "interval", "of": {"name": "cfg", "scale": 2.0}, "low": 0.5},
+                {"name": "apg"},
+            ],
+            "set": ["stages.0.size=16", "stages.base.sampler=ddim"],
+            "graph": True,
+        }
+        assert table.pairs(told) == (
+            "guidance interval (of cfg (scale 2.0), low 0.5) + apg, set size=16 stages.base.sampler=ddim, graph yes"
+        )
+
     def test_columns_are_aligned(self):
         told = table.aligned([["a", "bb", "c"], ["long", "1", "d"]]).splitlines()
         assert told == ["a     bb  c", "long   1  d"]
@@ -203,6 +251,14 @@ class TestGrowth:
         found = {(curve.who, curve.quantity): curve.exponent for curve in growth.fits(rows)}
         assert found["imagen_kit", "time"] == pytest.approx(1.0)
         assert found["diffusers", "time"] == pytest.approx(2.0)
+
+    def test_networks_are_told_by_their_size(self):
+        options = {"network": {"width": 64}, "dtype": "fp32"}
+        rows = [row("dit", entry(0.1 * b, parameters=2_000_000), batch=b, **options) for b in (1, 2, 4)]
+        told = growth.table(growth.fits(rows), table.sizes(rows))
+        assert told[1][0] == "denoiser dit dtype fp32, 2.00 M parameters"
+        assert growth.table(growth.fits(rows))[1][0] == "denoiser dit dtype fp32, network (width 64)"
+        assert "2.00 M parameters" in growth.text(content(*rows))
 
     def test_two_sizes_are_no_curve(self):
         rows = [row("dit", entry(1e-3 * s), steps=s, causal=True) for s in (5, 10)]

@@ -28,6 +28,7 @@ CASES = {
     "codec": Case("codec", "kl", {"options": KL, "resolution": 16, "peers": "none"}),
     "recipe": Case("recipe", "sd15", {"size": "tiny", "steps": 2, "peers": "none"}),
     "memory": Case("memory", "sd15", {"size": "tiny", "steps": 2, "peers": "none"}),
+    "gain": Case("gain", "sd15", {"size": "tiny", "steps": 2, "option": {"dtype": "bf16"}}),
     "startup": Case("startup", "import", {"peers": "none"}),
 }
 
@@ -252,10 +253,18 @@ def test_floor_sees_an_address_that_is_used_again():
 
 def test_a_memory_row_tells_the_floor():
     options = {"size": "tiny", "steps": 1, "peers": "none"}
-    few, many = (build(Case("memory", "sd15", {**options, "batch": b}), CPU)[OURS] for b in (1, 4))
+    few, many = (build(Case("memory", "deepfloyd-if", {**options, "batch": b}), CPU)[OURS] for b in (1, 4))
     assert "largest activation" in few.note
     assert few.floor.largest <= few.floor.alive
     assert many.floor.alive == pytest.approx(4 * few.floor.alive, rel=0.02)
+
+
+def test_more_pictures_are_decoded_in_the_memory_of_one():
+    options = {"options": {"widths": [32, 64], "blocks": 1}, "resolution": 128, "work": "decode", "peers": "none"}
+    few, many = (build(Case("codec", "kl", {**options, "batch": b}), CPU)[OURS] for b in (1, 4))
+    alive = [floor.measure(s.eager, CPU, s.modules[0].parameters()).alive for s in (few, many)]
+    pictures = 4 * 3 * 128 * 128 * 4  # bytes of four
+    assert alive[0] < alive[1] <= alive[0] + 2 * pictures  # each, and all of them together
 
 
 @pytest.mark.parametrize("name", small.CHANGES)
@@ -266,3 +275,14 @@ def test_small_variants_are_small(name):
         network = recipe.build_stage_denoiser(0, recipe.hollow_text_encoder(), weights=False)
     assert 2e6 < sum(p.numel() for p in network.parameters()) < 3e7
     assert len(recipe.stages) == 1
+
+
+@pytest.mark.filterwarnings("ignore:stage .* runs without a graph")
+def test_a_loop_that_was_not_recorded_is_not_read_as_one_that_was():
+    options = {"size": "tiny", "steps": 1, "peers": "none", "performance": {"graph": True}}
+    subject = build(Case("recipe", "dit-xl-2-256", options), CPU)[OURS]
+    assert "without" not in subject.note
+    subject()
+    subject()
+    assert subject.note.count("without a graph: ") == 1
+    assert subject.note.endswith("CUDA graphs are for CUDA devices, not cpu")

@@ -45,6 +45,10 @@ def by_hand(monkeypatch):
         (["--suite", "quick", "--only", "recip/", "-o", "x"], "no row matches 'recip/'"),
         (["--suite", "quick", "--repeats", "1", "-o", "x"], "--repeats must be at least 2, not 1"),
         (["--suite", "quick", "--budget", "0", "-o", "x"], "--budget must be more than 0 seconds, not 0"),
+        (["--suite", "quick", "--dtype", "bf16", "-o", "x"], "--dtype is for recipes; a suite has its own"),
+        (["--suite", "quick", "--set", "a=b", "-o", "x"], "--set is for recipes; a suite has its own"),
+        (["--growth", "x", "--fresh"], "--fresh is for measuring; leave it out"),
+        (["--compare", "a", "b", "--dry-run"], "--dry-run is for measuring; leave it out"),
         (["tinny", "-o", "x"], "unknown recipe 'tinny'; did you mean 'tiny'?"),
         (["tiny", "--weights", "randm", "-o", "x"], "unknown choice 'randm'; did you mean 'random'?"),
         (["tiny", "--dtype", "fp31", "-o", "x"], "--dtype: unknown precision 'fp31'"),
@@ -62,6 +66,19 @@ def test_what_is_wrong_is_one_line(words, said, capsys, tmp_path, monkeypatch):
     assert said in told.err
     assert told.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", [3, [{}], [[]]])
+@pytest.mark.parametrize("words", [["--growth"], ["--roofline", "-o", "a.png"], ["--compare", "r.json"]])
+def test_damaged_results_are_one_line(rows, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outline = {"rows": rows, "environment": {}, "protocol": {}}
+    (tmp_path / "r.json").write_text(json.dumps(outline))
+    assert main(["bench", words[0], "r.json", *words[1:]]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ")
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_a_dry_run_lists_the_rows(capsys, tmp_path):

@@ -14,25 +14,11 @@ from PIL import Image
 
 import imagen_kit
 from imagen_kit import recipe
-from imagen_kit.cli import main
 from imagen_kit.errors import KitError
 from imagen_kit.images import Images
 from imagen_kit.weights import save_safetensors
 
 PROMPT = "a small red star on a white background"
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command; (exit code, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture
@@ -126,14 +112,20 @@ def test_swapped_sampler_keeps_the_spacing_that_both_know(command, tmp_path, mon
         (["--recipe", "tiny", "--steps", "0"], "must be at least 1, not 0"),
         (["--recipe", "tiny", "--steps", "few"], "'--steps'"),
         (["--recipe", "tiny", "--guidance", "much"], "'--guidance'"),
+        (["--recipe", "tiny", "--steps", "9999999999"], "steps must be at most 100,000, not 9,999,999,999"),
         (["--recipe", "tiny", "--guidance", "nan"], "must be a finite number"),
+        (["--recipe", "tiny", "--guidance", "-1e39"], "must be a finite number of at most 1e+06"),
+        (["--recipe", "tiny", "--also", "fog:nan"], "such as 'watercolour:2', not 'fog:nan'"),
+        (["--recipe", "a" * 999 + ".yaml"], "recipe file aaa"),
         (
             ["--recipe", "tiny", "--also", "fog"],
             "--also must be TEXT:WEIGHT, such as 'watercolour:2', not 'fog'",
         ),
         (["--recipe", "tiny", "--set", "stages.0.guidance.cfg.scale=much"], "must be a number, not 'much'"),
         (["--recipe", "tiny", "--num", "0"], "--num must be at least 1"),
+        (["--recipe", "tiny", "--num", "99999999999"], "--num must be at most 1000000"),
         (["--recipe", "tiny", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--recipe", "tiny", "--device", "meta"], "'meta' is not there"),
         (["--recipe", "tiny", "--device", "abacus"], "'abacus' is not there"),
         (["--recipe", "tiny", "--dtype", "bf61"], "did you mean 'bf16'"),
         (["--recipe", "tiny", "--sead", "3"], "No such option: --sead"),
@@ -167,14 +159,17 @@ def test_sampler_that_does_not_fit_the_schedule(refused, tmp_path):
 def test_unwritable_outputs(refused, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "a.png").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for bad in (
+        tmp_path / ("a" * 300 + ".png"),
+        tmp_path / "link",
         tmp_path / "file" / "a.png",
         tmp_path / "a.gif",
         "/proc/none/a.png",
         tmp_path / "file" / "folder",
     ):
         assert "cannot write" in refused("generate", PROMPT, "--recipe", "tiny", "-o", bad)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "file", "link"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "shape", "pickle", "absent"])
@@ -342,6 +337,10 @@ def test_train_mistakes(refused, tmp_path):
     assert "--steps must be at least 1" in refused("train", "tiny", "-o", tmp_path / "r", "--steps", 0)
     assert "cannot write" in refused("train", "tiny", "-o", tmp_path / "file" / "r")
     assert "did you mean 'tiny'" in refused("train", "tyni", "-o", tmp_path / "r")
+    assert "say which stage to train: base, sr" in refused(
+        "train", "tiny", "--set", "train.seed=1", "-o", tmp_path / "r"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_evaluate_writes_what_it_prints(command, tmp_path):
@@ -356,6 +355,8 @@ def test_evaluate_mistakes(refused, tmp_path):
     assert "did you mean 'held_out'" in refused("evaluate", "tiny", "--split", "heldout")
     assert "unknown language 'fr'" in refused("evaluate", "tiny", "--languages", "en,fr")
     assert "at least 1" in refused("evaluate", "tiny", "-n", 0)
+    assert "--num must be at most 1000000" in refused("evaluate", "tiny", "-n", 10**12)
+    assert "--seed must be at most 4294967295" in refused("evaluate", "tiny", "--seed", 2**32)
     assert "cannot write" in refused("evaluate", "tiny", "-o", tmp_path / "none" / "r.json")
 
 

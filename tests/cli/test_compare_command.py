@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 
 import pytest
 
-from imagen_kit.cli import main
-
 
 @pytest.fixture
-def command(capsys):
+def compare(command):
     """Run ``imagen-kit compare``; (exit code, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        code = main(["compare", *(str(word) for word in words)])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+    return partial(command, "compare")
 
 
 @pytest.fixture
-def refused(command, monkeypatch):
-    """Run a command that must be refused before anything is drawn; the line it says."""
+def refused(compare, monkeypatch):
+    """Run a compare that must be refused before anything is drawn; the line it says."""
 
     def run(*words):
         monkeypatch.setattr("imagen_kit.pipeline.Pipeline._latents", lambda *a, **k: pytest.fail("it drew"))
         monkeypatch.setattr(
             "imagen_kit.evaluation.subjects.AnalyticSubject.draw", lambda *a, **k: pytest.fail("it drew")
         )
-        code, out, err = command(*words)
+        code, out, err = compare(*words)
         assert (code, out) == (2, ""), err
         assert err.startswith("error: ")
         assert err.count("\n") == 1, err
@@ -41,11 +33,11 @@ def refused(command, monkeypatch):
     return run
 
 
-def test_a_recipe_is_compared(command, tmp_path):
+def test_a_recipe_is_compared(compare, tmp_path):
     out = tmp_path / "c"
     words = ["tiny", "--samplers", "ddim, heun:spacing=trailing", "--steps", "2,1", "-n", 2, "-o", out]
     words += ["--guidance", "1,2", "--seeds", "0,5", "--reference", "dpmpp_3m@4", "--thumbnails", 1]
-    code, said, _ = command(*words, "--target", "psnr=5")
+    code, said, _ = compare(*words, "--target", "psnr=5")
     assert code == 0
     results = json.loads((out / "results.json").read_text())
     assert len(results["cells"]) == 2 * 2 * 2 * 2
@@ -57,13 +49,13 @@ def test_a_recipe_is_compared(command, tmp_path):
     assert [line.split(" at ")[0] for line in lines[1:]] == ["For PSNR to the converged picture (dB) ≥ 5"] * 2
     # Not a single cell is drawn again, and the same is said.
     before = (out / "results.json").stat().st_mtime_ns, results["cells"]
-    assert command(*words, "--target", "psnr=5")[1] == said
+    assert compare(*words, "--target", "psnr=5")[1] == said
     assert json.loads((out / "results.json").read_text())["cells"] == before[1]
 
 
-def test_an_analytic_problem_is_compared_and_redrawn(command, tmp_path):
+def test_an_analytic_problem_is_compared_and_redrawn(compare, tmp_path):
     out = tmp_path / "a"
-    code, said, err = command(
+    code, said, err = compare(
         *("analytic:gaussian", "--samplers", "ddim,heun", "--nfe", "4,9", "-n", 40, "-o", out),
         *("--schedule", "edm", "--spacing", "log_snr", "--data-num", 50),
     )
@@ -77,7 +69,7 @@ def test_an_analytic_problem_is_compared_and_redrawn(command, tmp_path):
     assert results["settings"]["real"] == 50
     (out / "report.html").unlink()
     (out / "tradeoff.png").unlink()
-    code, said, err = command("--redraw", out, "--target", "energy=99")
+    code, said, err = compare("--redraw", out, "--target", "energy=99")
     assert (code, err) == (0, "")
     assert said.splitlines()[-1].startswith("For energy distance to the data ≤ 99 the cheapest is ")
     assert sorted(file.name for file in out.iterdir()) == [
@@ -85,9 +77,9 @@ def test_an_analytic_problem_is_compared_and_redrawn(command, tmp_path):
     ]  # fmt: skip
 
 
-def test_prompts_of_ones_own_are_not_judged(command, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n\n二只狗\n", encoding="utf-8")
-    code, _, _ = command(
+def test_prompts_of_ones_own_are_not_judged(compare, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n二只狗\n", encoding="utf-8-sig")
+    code, _, _ = compare(
         *("tiny", "--samplers", "ddim", "--steps", "1", "-n", 3, "--reference", "ddim@2"),
         *("--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "c"),
     )
@@ -119,6 +111,8 @@ MISTAKES = [
     (["tiny", "--guidance", "inf"], "--guidance must be finite numbers"),
     (["tiny", "--seeds", "0,-1"], "--seeds must be whole numbers"),
     (["tiny", "--seed", "x"], "--seeds must be whole numbers"),
+    (["tiny", "--seeds", "1,4294967296"], "--seeds must be at most 4294967295"),
+    (["tiny", "--steps", "99999999999"], "steps must be at most 100,000"),
     (["tiny", "-n", "0"], "--num must be at least 1"),
     (["tiny", "-n", "few"], "'-n'"),
     (["tiny", "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -187,9 +181,22 @@ def test_folders_that_cannot_be_used(refused, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "closed") == ["file", "other"]
 
 
-def test_a_changed_setting_is_named(command, refused, tmp_path):
+OUTLINE = {"format": 2, "settings": {}, "cells": [], "samplers": {}, "references": [], "qualities": []}
+
+
+@pytest.mark.parametrize(
+    ("cells", "says"),
+    [([], "holds no finished setting"), ([1], "is damaged"), ([{"steps": 3}], "is damaged")],
+)
+def test_results_that_cannot_be_drawn(refused, tmp_path, cells, says):
+    (tmp_path / "results.json").write_text(json.dumps({**OUTLINE, "cells": cells}))
+    assert says in refused("--redraw", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_changed_setting_is_named(compare, refused, tmp_path):
     words = ["analytic:points", "--samplers", "ddim", "--steps", "2", "-o", tmp_path]
-    assert command(*words, "-n", 9)[0] == 0
+    assert compare(*words, "-n", 9)[0] == 0
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     assert "made with n = 9, not 8" in refused(*words, "-n", 8)
     assert "made with schedule = 'flow', not 'cosine'" in refused(*words, "-n", 9, "--schedule", "cosine")

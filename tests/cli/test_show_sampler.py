@@ -7,21 +7,7 @@ import pytest
 from PIL import Image
 
 from imagen_kit import samplers, schedules
-from imagen_kit.cli import main
 from imagen_kit.samplers.stability import stability
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command; (exit code, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 def test_the_tableau_is_printed(command):

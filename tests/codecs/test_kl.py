@@ -167,3 +167,16 @@ def test_misshapen_inputs():
         kl.encode(torch.zeros(1, 3, 8, 10))
     with pytest.raises(KitError, match=r"latents of shape \(4, 8, 8\): this kl takes \(b, 4, h, w\)"):
         kl.decode(torch.zeros(4, 8, 8))
+
+
+@torch.no_grad()
+def test_pictures_decoded_a_few_at_a_time_are_the_same(monkeypatch):
+    kl, latents, sizes = small(), torch.randn(5, 4, 8, 8), []
+    whole = kl.decode(latents)  # so small that all are decoded together
+    two = 2 * 32 * 32 * 8  # numbers that the last layers of two pictures have, at 8 channels
+    monkeypatch.setattr("imagen_kit.codecs.kl._ENOUGH", two)
+    kl.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    some = kl.decode(latents)
+    assert sizes == [2, 2, 1]
+    torch.testing.assert_close(some, whole)  # sums may be taken in another order
+    assert some.is_contiguous()

@@ -31,8 +31,11 @@ from imagen_kit.recipe import source
 PROMPTS = ["a red Star", "two blue rings on grey " + "and so on " * 60]  # the second is cut by every encoder
 NEGATIVES = ["Blurry", "a dull picture " * 50]
 SEEDS = [3, 11]
+STEPS, SIDE = 4, 64  # of what is painted in latents
 ATOL = 1e-4  # pictures in [0, 1]; both sides are float32, with sums in another order and tables rounded otherwise
 TOLD = 1e-3  # more than this differs a picture made with a choice of the recipe that is not the published one
+
+Painter = Callable[[Sequence[str], Sequence[str] | None, bool, Sequence[int]], Tensor]
 
 __all__ = ["diffusers", "respaced"]  # for the tests, which so are skipped without diffusers
 
@@ -178,16 +181,37 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
+def painter(pipe: Any, scale: float, **more: Any) -> Painter:
+    """What a text-to-picture pipeline of one stage paints: STEPS steps, SIDE pixels, options as published."""
+
+    def theirs(prompts, negative, guided, seeds):
+        options = {} if negative is None else {"negative_prompt": negative}
+        return pipe(
+            prompts,
+            guidance_scale=scale if guided else 1.0,
+            num_inference_steps=STEPS,
+            generator=generators(seeds),
+            height=SIDE,
+            width=SIDE,
+            output_type="pt",
+            **options,
+            **more,
+        ).images
+
+    return theirs
+
+
 CASES = {
     "as shipped": {"prompts": PROMPTS[:1]},
     "two prompts away from two": {"prompts": PROMPTS, "negative": NEGATIVES},
     "unguided": {"prompts": PROMPTS, "guided": False},
 }
+# What cleaning takes away stands in it; diffusers does not clean without beautifulsoup4.
+WEB = {"from the web": {"prompts": ["A red Star – FREE download at http://shop.com/a.jpg &amp; <b>#12</b>"]}}
 CLASSES = {  # of DiT, whose prompts are numbers
     "classes": {"prompts": ["207", "88"]},
     "unguided classes": {"prompts": ["207", "88"], "guided": False},
 }
-Painter = Callable[[Sequence[str], Sequence[str] | None, bool, Sequence[int]], Tensor]
 
 
 class System:
@@ -213,7 +237,7 @@ class System:
 
     def difference(self, case: str, *changes: str) -> float:
         """The greatest difference of any pixel between their picture and ours, after changes to the recipe."""
-        told = {**CASES, **CLASSES}[case]
+        told = {**CASES, **WEB, **CLASSES}[case]
         prompts, negative, guided = told["prompts"], told.get("negative"), told.get("guided", True)
         seeds = SEEDS[: len(prompts)]
         if case not in self._wanted:

@@ -118,7 +118,7 @@ def painter(first, second, times):
     """Stage after stage, in the pipelines' own range: [-1, 1]."""
 
     def theirs(prompts, negative, guided, seeds):
-        common = {"prompt": prompts, "negative_prompt": negative, "output_type": "pt", "clean_caption": False}
+        common = {"prompt": prompts, "negative_prompt": negative, "output_type": "pt"}
         tiny = first(
             num_inference_steps=STEPS,
             generator=generators(seeds),
@@ -142,6 +142,12 @@ def painter(first, second, times):
 def test_cascade(cascade, case):
     """Both stages: what differs in the first would show in the second."""
     assert cascade[SMART50].difference(case) <= ATOL
+
+
+def test_captions_are_cleaned(cascade):
+    pytest.importorskip("bs4")
+    assert cascade[FOUR].difference("from the web", *QUICK) <= ATOL
+    assert cascade[FOUR].difference("from the web", *QUICK, "text_encoder.lowercase=true") > TOLD
 
 
 def test_a_quick_second_stage(cascade):

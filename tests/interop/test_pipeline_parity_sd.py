@@ -6,19 +6,20 @@ import pytest
 from parity_parts import (
     ATOL,
     CASES,
+    SIDE,
+    STEPS,
     TOLD,
     System,
     clip,
     clip_tokenizer,
     diffusers,
-    generators,
+    painter,
     quiet,
     randomised,
     small,
     vae,
 )
 
-STEPS, SIDE = 4, 64
 SCHEDULER = {  # of the published repositories
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -51,23 +52,6 @@ def unet(width: int, **more):
             **more,
         )
     )
-
-
-def painter(pipe, scale: float, **more):
-    def theirs(prompts, negative, guided, seeds):
-        return pipe(
-            prompts,
-            negative_prompt=negative,
-            guidance_scale=scale if guided else 1.0,
-            num_inference_steps=STEPS,
-            generator=generators(seeds),
-            height=SIDE,
-            width=SIDE,
-            output_type="pt",
-            **more,
-        ).images
-
-    return theirs
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,15 @@ from parity_parts import (
     CASES,
     CLASSES,
     SEEDS,
+    SIDE,
+    STEPS,
     TOLD,
     System,
     clip,
     clip_tokenizer,
     diffusers,
     generators,
+    painter,
     quiet,
     randomised,
     small,
@@ -24,27 +27,6 @@ from parity_parts import (
 )
 
 from imagen_kit import recipe
-
-STEPS, SIDE = 4, 64
-
-
-def painter(pipe, scale: float, **more):
-    def theirs(prompts, negative, guided, seeds):
-        options = {} if negative is None else {"negative_prompt": negative}
-        return pipe(
-            prompts,
-            guidance_scale=scale if guided else 1.0,
-            num_inference_steps=STEPS,
-            generator=generators(seeds),
-            height=SIDE,
-            width=SIDE,
-            output_type="pt",
-            **options,
-            **more,
-        ).images
-
-    return theirs
-
 
 # ---- PixArt-α ----------------------------------------------------------------------------------------------------
 
@@ -76,12 +58,18 @@ def pixart(tmp_path_factory):
     part = {"name": "pixart", "learn_sigma": True, "width": 24, "depth": 2, "heads": 2, "sizes": True}
     stage = {"denoiser": part, "size": SIDE, "steps": STEPS}
     file = small("pixart-alpha", folder, [stage], told={"size": [SIDE, SIDE, 1]})
-    return System(file, painter(pipe, 4.5, use_resolution_binning=False, clean_caption=False))
+    return System(file, painter(pipe, 4.5, use_resolution_binning=False))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_pixart(pixart, case):
     assert pixart.difference(case) <= ATOL
+
+
+def test_pixart_cleans_captions(pixart):
+    pytest.importorskip("bs4")
+    assert pixart.difference("from the web") <= ATOL
+    assert pixart.difference("from the web", "text_encoder.lowercase=true") > TOLD
 
 
 @pytest.mark.parametrize(

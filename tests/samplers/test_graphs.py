@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from imagen_kit import samplers, schedules
 from imagen_kit.errors import KitError
-from imagen_kit.samplers.graphs import Recorded, graphed
+from imagen_kit.samplers.graphs import CudaGraph, Recorded, graphed, waiting
 
 SCHEDULE = schedules.create("scaled_linear")
 
@@ -85,6 +87,115 @@ def test_noise_comes_from_one_source() -> None:
             *(lambda x, t: x, samplers.create("ddpm").tableau(SCHEDULE, 4), x, torch.Generator()),
             noise=lambda: x,
         )
+
+
+class Api:
+    """The calls of torch that a recording makes, with the faults of its releases.
+
+    Args:
+        end_fails: the recording cannot be ended, and its stream stays the current one.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, end_fails: bool):
+        self.calls: list[str] = []
+        self.end_fails, self.under_way, self.stream = end_fails, False, "usual"
+        for name in (
+            "current_stream",
+            "set_stream",
+            "device",
+            "graph",
+            "graph_pool_handle",
+            "current_device",
+        ):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        monkeypatch.setattr(torch, "empty", lambda size, device: torch.zeros(size))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, getattr(self, name.removeprefix("_cuda_")), raising=False)
+
+    def current_stream(self, device: object) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
+
+    def device(self, device: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 7)
+
+    def current_device(self) -> int:
+        return 3
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, pool: object = None, capture_error_mode: str = "global") -> Iterator[None]:
+        self.calls.append(f"record {pool}")
+        self.stream, fails = "recording", self.end_fails
+        self.under_way = True
+        try:
+            yield
+        finally:
+            if fails:
+                self.end_fails = False
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.stream, self.under_way = "usual", False
+
+    def endAllocateToPool(self, device: int, pool: tuple[int, int]) -> None:
+        if not self.under_way:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.under_way = False
+        self.calls.append(f"end {device} {pool}")
+
+    def releasePool(self, device: int, pool: tuple[int, int]) -> None:
+        self.calls.append(f"release {device} {pool}")
+
+
+def refused() -> Tensor:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_recording_that_cannot_be_ended_leaves_the_device_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api(monkeypatch, end_fails=True)
+    with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$") as told:
+        CudaGraph(torch.device("cuda")).record(refused)
+    assert told.value.__suppress_context__
+    assert (api.stream, api.under_way) == ("usual", False)
+    # the allocator's end, its memory's release, and a recording that ends well, for torch's own generator
+    assert api.calls == ["record (0, 7)", "end 3 (0, 7)", "release 3 (0, 7)", "record None"]
+
+
+def test_what_a_function_raises_of_its_own_is_not_mended_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recording ended: its memory is its own to give back."""
+    api = Api(monkeypatch, end_fails=False)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraph(torch.device("cuda", 1), pool=(0, 9)).record(refused)
+    assert api.calls == ["record (0, 9)", "record None"]
+    kept = torch.ones(2)
+    assert CudaGraph(torch.device("cuda", 1), pool=(0, 9)).record(lambda: kept) is kept
+
+
+def test_waits_are_what_cuda_says_and_other_warnings_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[object] = []
+
+    def debug(mode: object) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode does not detect all synchronizing operations", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", debug)
+    with warnings.catch_warnings(record=True) as through:
+        warnings.simplefilter("always")
+        with waiting(torch.device("cuda")) as waits:
+            for _ in range(2):
+                warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+            warnings.warn("another matter", stacklevel=1)
+    assert [line.rpartition("/")[2].partition(":")[0] for line in waits] == ["test_graphs.py"] * 2
+    assert "another matter" in [str(warning.message) for warning in through]
+    assert modes == ["warn", 0]
+    with waiting(torch.device("cpu")) as waits:
+        pass
+    assert waits == []
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

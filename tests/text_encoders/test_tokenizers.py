@@ -8,7 +8,7 @@ from imagen_kit.errors import KitError
 from imagen_kit.text_encoders.tokenizers import (
     BpeTokenizer,
     ByteTokenizer,
-    LowercaseTokenizer,
+    PreparedTokenizer,
     PretrainedTokenizer,
 )
 
@@ -22,6 +22,12 @@ def test_bytes_equal_transformers_byt5(length):
 
     expected = PretrainedTokenizer(ByT5Tokenizer())(PROMPTS, length)
     assert ByteTokenizer()(PROMPTS, length) == expected
+
+
+def test_half_a_surrogate_pair_is_a_question_mark():
+    from transformers import ByT5Tokenizer
+
+    assert PretrainedTokenizer(ByT5Tokenizer())(["a\udcff"], 8) == ByteTokenizer()(["a\udcff"], 8)
 
 
 def test_bytes_of_broken_text_and_folding():
@@ -54,8 +60,8 @@ def test_bpe_folds_into_a_small_vocabulary():
         BpeTokenizer(2)
 
 
-def test_lower_case_without_blanks_at_the_ends():
+def test_prompts_are_prepared_before_they_are_read():
     inner = ByteTokenizer()
-    lowered = LowercaseTokenizer(inner)
-    assert lowered([" A Red STAR\n", "a red star"], 64) == inner(["a red star"] * 2, 64)
+    lowered = PreparedTokenizer(inner, str.lower)
+    assert lowered(["A Red STAR", "a red star"], 64) == inner(["a red star"] * 2, 64)
     assert lowered.pad_id == inner.pad_id

@@ -8,9 +8,10 @@ Axes: b pictures, c h w latents, n text tokens, d token width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from imagen_kit.errors import KitError
 from imagen_kit.guidance.cfg import CFG
 from imagen_kit.guidance.dynamic_threshold import DynamicThreshold
 from imagen_kit.stage import Stage
+
+LONGEST = 512  # tokens of a prompt that is not cut
+EMBEDDED = ("prompt_embeds", "prompt_attention_mask")  # how arguments end that are embeddings
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,44 @@ class Given:
         return len(self.noise)
 
 
+class Words(Protocol):
+    """One of our tokenizers."""
+
+    def __call__(self, prompts: Sequence[str], max_length: int) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads prompts in every call, as these pipelines do where they are given no embeddings.
+
+    Attributes:
+        words: makes token ids of prompts.
+        network: transformers' encoder.
+        prompts: () → the prompts of the next call.
+    """
+
+    words: Words
+    network: nn.Module
+    prompts: Callable[[], list[str]]
+
+    def tokenizer(self, prompts: str | Sequence[str], **told: Any) -> Any:
+        """What a tokenizer of transformers answers: ``input_ids`` and ``attention_mask``, (b, n) int64.
+
+        Args:
+            prompts: b of them.
+            told: ``padding`` (``max_length``, or else to the longest) and ``max_length`` are heeded.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = self.words(texts, told.get("max_length") or LONGEST)
+        whole = told.get("padding") == "max_length"
+        width = told["max_length"] if whole else max(map(len, rows))
+        ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One of diffusers' pipelines.
@@ -60,6 +102,7 @@ class Kind:
         more: further arguments of the constructor.
         codec: whether it has an autoencoder.
         draws: whether it draws the first noise itself, having no argument for it.
+        reads: whether it reads prompts by a T5 encoder alone.
     """
 
     name: str
@@ -69,10 +112,16 @@ class Kind:
     more: Mapping[str, Any] | None = None
     codec: bool = True
     draws: bool = False
+    reads: bool = False
 
 
 def painter(
-    stage: Stage, model: nn.Module, codec: nn.Module | None, given: Given, compiled: bool = False
+    stage: Stage,
+    model: nn.Module,
+    codec: nn.Module | None,
+    given: Given,
+    compiled: bool = False,
+    reader: Reader | None = None,
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor], str]:
     """(as it is to be run, operation by operation, what it is in words).
 
@@ -82,16 +131,23 @@ def painter(
         codec: the twin of its autoencoder, likewise.
         given: what both begin with.
         compiled: run the network through torch.compile, as diffusers' documentation tells.
+        reader: encodes the prompts of every call, in place of the embeddings given.
 
     Raises:
-        KitError: no pipeline for such a network, another guidance or sampler than it has.
+        KitError: no pipeline for such a network, another guidance or sampler than it has, or one that reads no
+            prompts by T5 alone.
     """
     kind = _kind(model)
+    if reader is not None and not kind.reads:
+        able = ", ".join(kind.name for kind in KINDS.values() if kind.reads)
+        raise KitError(
+            f"a prompt is read here by pipelines with T5 alone ({able}), and this is a {kind.name}"
+        )
     run_by = torch.compile(model) if compiled else model
     if kind.name == "DiTPipeline" and dit_loop.needed(stage):
         paint, note = dit_loop.painter(stage, model, codec, given, run_by)
     else:
-        paint, note = _by_pipeline(kind, stage, model, codec, given, run_by)
+        paint, note = _by_pipeline(kind, stage, model, codec, given, run_by, reader)
     words = [note, str(next(model.parameters()).dtype).removeprefix("torch.")]
     return (
         paint,
@@ -101,13 +157,21 @@ def painter(
 
 
 def _by_pipeline(
-    kind: Kind, stage: Stage, model: nn.Module, codec: nn.Module | None, given: Given, run_by: Any
+    kind: Kind,
+    stage: Stage,
+    model: nn.Module,
+    codec: nn.Module | None,
+    given: Given,
+    run_by: Any,
+    reader: Reader | None,
 ) -> tuple[Callable[..., Tensor], str]:
     """(a function that draws, by the network it may be handed; what it is in words)."""
     scale, scheduler = _guidance(stage, kind), scheduler_for(stage, _threshold(stage))
     parts = {kind.slot: model, "scheduler": scheduler, **dict.fromkeys(kind.absent), **(kind.more or {})}
     if kind.codec:
         parts["vae"] = codec
+    if reader is not None:
+        parts |= {"tokenizer": reader.tokenizer, "text_encoder": reader.network}
     pipe = getattr(library("diffusers"), kind.name)(**parts)
     pipe.set_progress_bar_config(disable=True)
     arguments = {
@@ -116,19 +180,24 @@ def _by_pipeline(
         "guidance_scale": scale,
         **kind.arguments(stage, given),
     }
+    if reader is not None:
+        arguments = {key: value for key, value in arguments.items() if not key.endswith(EMBEDDED)}
+        arguments["negative_prompt"] = [""] * given.batch
     noise = given.noise.to(next(model.parameters()).dtype)
 
     @torch.no_grad()
     def paint(through: Any = run_by) -> Tensor:
         setattr(pipe, kind.slot, through)
         with _noise_given(pipe, noise if kind.draws else None):
-            found = pipe(generator=given.generators(), **arguments).images
+            texts = {} if reader is None else {"prompt": reader.prompts()}
+            found = pipe(generator=given.generators(), **texts, **arguments).images
         picture = found if isinstance(found, Tensor) else torch.from_numpy(found).permute(0, 3, 1, 2)
         if kind.name == "IFPipeline":
             picture = (picture / 2 + 0.5).clamp(0, 1)
         return picture.float()
 
-    return paint, f"{kind.name}, {type(scheduler).__name__}"
+    told = "" if reader is None else ", encoding every prompt and the empty one in each call"
+    return paint, f"{kind.name}, {type(scheduler).__name__}{told}"
 
 
 class _noise_given:
@@ -254,9 +323,16 @@ KINDS: dict[str, Kind] = {
         {"add_watermarker": False},
     ),
     "UNet2DConditionModel pooling its text": Kind(
-        "IFPipeline", "unet", _WORDS, _if, {**_SAFETY, "watermarker": None}, codec=False, draws=True
+        "IFPipeline",
+        "unet",
+        _WORDS,
+        _if,
+        {**_SAFETY, "watermarker": None},
+        codec=False,
+        draws=True,
+        reads=True,
     ),
-    "PixArtTransformer2DModel": Kind("PixArtAlphaPipeline", "transformer", _WORDS, _pixart),
+    "PixArtTransformer2DModel": Kind("PixArtAlphaPipeline", "transformer", _WORDS, _pixart, reads=True),
     "DiTTransformer2DModel": Kind("DiTPipeline", "transformer", (), _dit, draws=True),
     "SD3Transformer2DModel": Kind(
         "StableDiffusion3Pipeline",

@@ -36,6 +36,7 @@ CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("DPMSolverMultistepScheduler", {}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     ("UniPCMultistepScheduler", {}),
     ("DEISMultistepScheduler", {}),
 ]

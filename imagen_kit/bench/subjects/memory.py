@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imagen_kit.bench.floor import Floor, measure
+from imagen_kit.bench.floor import measure
 from imagen_kit.bench.subject import Built, Subject
 from imagen_kit.bench.subjects import register
 from imagen_kit.bench.subjects.recipe import PEERS, build
@@ -31,12 +31,13 @@ def memory(
     performance: Mapping[str, Any] | None = None,
     peers: str = "diffusers",
 ) -> Built:
-    """Drawing a batch of pictures, as in ``recipe``, for the peak that the row tells.
+    """Drawing a batch of pictures, as in ``recipe``, for the peak that the row tells and how far it is above the least.
 
-    Two numbers are measured besides, operation by operation, and stand in ``floor`` and in the note. The largest
-    activation: the most bytes, weights left out, that a single operation reads and writes. And what is alive at
-    once: what was made by then and is still to be read, at the fullest moment, each tensor counted until its last
-    use; without fusing operations or doing them again nobody who does them in this order needs less.
+    Two numbers are measured for that, operation by operation, and stand in the row's ``floor`` with the peak over
+    each. The largest activation: the most bytes, weights left out, that a single operation reads and writes; what
+    waits meanwhile (a U-Net's skip connections, a residual branch) is not in it. And what is alive at once: what
+    was made by then and is still to be read, at the fullest moment, each tensor counted until its last use;
+    without fusing operations, writing in place or doing them again nobody who does them in this order needs less.
 
     Args:
         name, size, set, stages, sampler, guidance, batch, dtype, performance: see ``recipe``.
@@ -53,18 +54,10 @@ def memory(
     built = build(System(asked, settings, device), wanted)
     for subject in built.values():
         if isinstance(subject, Subject):
-            found = measure(subject.eager, device, (p for m in subject.modules for p in _tensors(m)))
-            subject.floor = found  # type: ignore[attr-defined]
-            subject.note += f"; {words(found)}"
+            weights = (tensor for module in subject.modules for tensor in _tensors(module))
+            subject.floor = measure(subject.eager, device, weights)
+            subject.note += f"; largest activation in {subject.floor.operation}"
     return built
-
-
-def words(floor: Floor) -> str:
-    """For a note."""
-    return (
-        f"largest activation {floor.largest / 2**20:.1f} MiB ({floor.operation}), "
-        f"alive at once {floor.alive / 2**20:.1f} MiB"
-    )
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imagen_kit.bench.peers import networks, pipelines
 from imagen_kit.bench.subject import OURS, Built, Subject
 from imagen_kit.bench.subjects import register
-from imagen_kit.bench.systems import Asked, Lowered, Settings, System
+from imagen_kit.bench.systems import Asked, Settings, System
 from imagen_kit.bench.work import TORCH, Work, attempt, chosen_peers
 from imagen_kit.errors import KitError
 from imagen_kit.stage import Stage
@@ -67,35 +69,63 @@ def recipe(
 
 def build(system: System, wanted: Sequence[str]) -> Built:
     """Our pipeline and the peers asked for; their copies of the weights are made before ours are changed."""
-    twins = attempt(partial(_twins, system)) if wanted else None
+    copies = attempt(partial(twins, system)) if wanted else None
     system.run_as_told()
     built: Built = {OURS: ours(system)}
     for who in wanted:
-        if isinstance(twins, tuple):
-            built[who] = attempt(partial(_theirs, system, *twins, compiled=who == PEERS[1]))
-        elif twins is not None:
-            built[who] = twins
+        if isinstance(copies, tuple):
+            built[who] = attempt(partial(theirs, system, *copies, compiled=who == PEERS[1]))
+        elif copies is not None:
+            built[who] = copies
     return built
 
 
 def ours(system: System) -> Subject:
     """Our pipeline."""
-    stage = system.pipeline.stages[0]
-    words = stage.performance.brief() + f", sampler {stage.sampler.name}"
-    if isinstance(stage.codec, Lowered):
-        words += ", decoder in the same precision"
-    return Work(
-        system.draw,
+
+    note = words(system.pipeline.stages[0])
+
+    def drawn() -> Tensor:
+        out, obstacles = system.draw(), system.pipeline.loops.obstacles
+        if obstacles:  # a loop that is not recorded is not to be read as one that is
+            work.note = f"{note}; without a graph: {', '.join(obstacles)}"
+        return out
+
+    def counted() -> Tensor:
+        with unrecorded(system):
+            return system.draw()
+
+    work = Work(
+        drawn,
         "pictures",
         system.settings.batch,
         modules=system.modules,
-        note=words,
+        note=note,
+        eager=counted,
         steps=system.steps,
         passes=system.evaluations,
     )
+    return work
 
 
-def _twins(system: System) -> tuple[nn.Module, nn.Module | None]:
+def words(stage: Stage) -> str:
+    """How a stage runs, for a note."""
+    return f"{stage.performance.brief()}, sampler {stage.sampler.name}"
+
+
+@contextlib.contextmanager
+def unrecorded(system: System) -> Iterator[None]:
+    """A block of code in which no loop is replayed from a CUDA graph, whose operations nothing could count."""
+    pipeline = system.pipeline
+    told = pipeline.stages
+    pipeline.stages = [replace(s, performance=replace(s.performance, graph=False)) for s in told]
+    try:
+        yield
+    finally:
+        pipeline.stages = told
+
+
+def twins(system: System) -> tuple[nn.Module, nn.Module | None]:
     """diffusers' network and autoencoder with the weights of the first stage."""
     if system.offloaded:
         raise KitError("an offloaded recipe has no weights in memory to share; compare it without offload")
@@ -107,8 +137,14 @@ def _twins(system: System) -> tuple[nn.Module, nn.Module | None]:
     return networks.twin(stage.denoiser, side), codec
 
 
-def _theirs(system: System, model: nn.Module, codec: nn.Module | None, compiled: bool) -> Subject:
-    """diffusers' pipeline in the precision that ours runs in."""
+def theirs(
+    system: System,
+    model: nn.Module,
+    codec: nn.Module | None,
+    compiled: bool = False,
+    reader: pipelines.Reader | None = None,
+) -> Subject:
+    """diffusers' pipeline in the precision that ours runs in; with a reader, from texts on."""
     (stage,) = system.stages
     dtype = TORCH[stage.performance.dtype or "fp32"]
     for part in filter(None, (model, codec)):
@@ -116,12 +152,13 @@ def _theirs(system: System, model: nn.Module, codec: nn.Module | None, compiled:
     if stage.performance.memory_format == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     given = system.given(dtype)
-    run, eager, note = pipelines.painter(stage, model, codec, given, compiled)
+    run, eager, note = pipelines.painter(stage, model, codec, given, compiled, reader)
+    read = [] if reader is None else [reader.network]
     return Work(
         run,
         "pictures",
         system.settings.batch,
-        modules=[part for part in (model, codec) if part is not None],
+        modules=[part for part in (model, codec, *read) if part is not None],
         inputs=[given.noise],
         note=note,
         eager=eager,

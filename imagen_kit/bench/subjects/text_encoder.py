@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from imagen_kit import text_encoders
+from imagen_kit.bench import stored
+from imagen_kit.bench.memory import Extra
 from imagen_kit.bench.peers import library
 from imagen_kit.bench.subject import OURS, Built, Subject
 from imagen_kit.bench.subjects import register
 from imagen_kit.bench.work import Work, attempt, chosen_peers
-from imagen_kit.errors import KitError
+from imagen_kit.errors import KitError, unknown
 from imagen_kit.text_encoders.transformer import TransformerEncoder
 
+WEIGHTS = ("random", "stored")
 #: Our encoder → (the options with which it needs no tokenizer, whose module it is compared with).
 ENCODERS: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"tokenizer": "none"}, "transformers"),
@@ -34,9 +40,14 @@ def text_encoder(
     batch: int = 1,
     dtype: str = "auto",
     execution: str = "whole",
+    weights: str = "random",
     peers: str = "all",
 ) -> Built:
     """Prompts of given token ids to their embeddings; no tokenizer, nothing remembered.
+
+    Of stored weights the reading is part of the row: the peak is at least the most that the process held while the
+    encoder was made, so that what a row says is what a machine needs for it. Pages of a file that are mapped into
+    memory count as long as they are there.
 
     T5's answer is compared token by token, CLIP's likewise, open_clip's by its pooled vector, which is what its
     own module answers. ``clip`` and ``open_clip`` are built on those modules, so there the peer shows what we add.
@@ -48,7 +59,9 @@ def text_encoder(
         length: tokens of every prompt.
         batch: prompts.
         dtype: auto, fp32, bf16 or, for CLIP, fp16.
-        execution: of T5's weights: whole, streamed or int8.
+        execution: of T5's weights: whole, packed, streamed or int8.
+        weights: ``random``: as numbers made here. ``stored``: T5's, written to files in bfloat16 first, in a
+            temporary folder that is removed afterwards, and read from there; an XXL encoder takes 9.5 GB of disk.
         peers: all, none, or the one there is: transformers, open_clip.
 
     Raises:
@@ -56,15 +69,20 @@ def text_encoder(
     """
     options, whose = ENCODERS[name]
     wanted = chosen_peers(peers, [whose])
+    if weights not in WEIGHTS:
+        raise KitError(unknown("weights of a text encoder", weights, WEIGHTS))
     if name == "t5":
         options = {**options, "execution": execution, "max_length": length}
-    elif execution != "whole":
-        raise KitError(
-            f"text encoder {name!r} has no execution {execution!r}; only t5 has others than 'whole'"
-        )
-    encoder: TransformerEncoder = text_encoders.create(
-        name, weights="random", size=size, dtype=dtype, cache=0, **options
-    ).to(device)
+    elif (execution, weights) != ("whole", "random"):
+        chosen = f"execution {execution!r}" if execution != "whole" else f"weights {weights!r}"
+        raise KitError(f"text encoder {name!r} has no {chosen}; only t5 has")
+    folder = _stored(size, device) if weights == "stored" else None
+    if folder is not None:
+        options |= {"weights": folder.name, "tokenizer": "bytes"}
+    with Extra(device) as reading:
+        encoder: TransformerEncoder = text_encoders.create(
+            name, **{"weights": "random", **options}, size=size, dtype=dtype, cache=0
+        ).to(device)
     ids = torch.randint(
         3, _vocabulary(encoder) - 1, (batch, length), generator=torch.Generator().manual_seed(0)
     )
@@ -86,10 +104,29 @@ def text_encoder(
         )
 
     precision = str(next(encoder.parameters()).dtype).removeprefix("torch.")
-    built: Built = {OURS: work(ours, encoder, f"{precision}, weights {execution}")}
+    mine = work(ours, encoder, f"{precision}, weights {execution}")
+    if folder is not None:
+        mine.loading, mine.note = reading.bytes, f"{mine.note}, read from files"
+        mine.close = partial(_end, mine.close, folder)  # type: ignore[method-assign]
+    built: Built = {OURS: mine}
     if whose in wanted:
         built[whose] = attempt(lambda: _peer(name, encoder, ids, execution, work))
     return built
+
+
+def _stored(size: str, device: torch.device) -> tempfile.TemporaryDirectory[str]:
+    """A folder with weights of that size; all that reading them takes is imported."""
+    with tempfile.TemporaryDirectory() as small:
+        stored.write("tiny", Path(small))
+        text_encoders.create("t5", weights=small, tokenizer="bytes").to(device)
+    folder = tempfile.TemporaryDirectory(prefix="imagen-kit-t5-")
+    stored.write(size, Path(folder.name))
+    return folder
+
+
+def _end(close: Callable[[], None], folder: tempfile.TemporaryDirectory[str]) -> None:
+    close()
+    folder.cleanup()
 
 
 def _vocabulary(encoder: Any) -> int:
@@ -104,14 +141,14 @@ def _peer(name: str, encoder: Any, ids: Tensor, execution: str, work: Callable[.
     if name == "clip":
         tower = encoder.network
         return work(lambda: tower(input_ids=ids)[0], tower, f"its {type(tower).__name__}, which ours runs")
-    if execution != "whole":
+    if execution not in ("whole", "packed"):
         raise KitError(f"transformers' T5 needs its weights in memory, and here they are {execution}")
     model = t5(encoder)
     whole = torch.ones_like(ids)
     return work(
         lambda: model(input_ids=ids, attention_mask=whole)[0],
         model,
-        f"{type(model).__name__}, the same memory",
+        f"{type(model).__name__}, {'the same memory' if execution == 'whole' else 'the same weights'}",
     )
 
 

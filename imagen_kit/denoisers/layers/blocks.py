@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from imagen_kit import fresh
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.denoisers.layers.context import Context, TextReader
 from imagen_kit.denoisers.layers.embeddings import PictureCoordinates
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
 from imagen_kit.errors import KitError, unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+FRESH: dict[str, Callable[[Tensor], Tensor]] = {"silu": fresh.silu, "gelu": fresh.gelu}
 MODULATIONS = ("scale_shift", "shift")
 RESAMPLES = ("narrowing", "conv", "asymmetric", "residual")
 
@@ -62,11 +65,46 @@ class Style:
             return group_norm(channels)
         if channels % self.groups:
             raise KitError(f"U-Net of {channels} channels: norm groups {self.groups} must divide them")
-        return nn.GroupNorm(self.groups, channels, eps=self.eps if eps is None else eps)
+        return PictureNorm(self.groups, channels, eps=self.eps if eps is None else eps)
 
     def activate(self, x: Tensor) -> Tensor:
         """The activation, element by element."""
         return ACTIVATIONS[self.activation](x)
+
+    def activate_fresh(self, x: Tensor) -> Tensor:
+        """The same of a tensor that nobody else holds; see ``imagen_kit.fresh``."""
+        return FRESH[self.activation](x)
+
+
+class PictureNorm(nn.GroupNorm):
+    """GroupNorm of a picture (b, c, h, w), by way of the other order of memory where that is faster.
+
+    In bfloat16 and channels last a CPU's kernel for less than 1024 cells works through groups of few channels number by
+    number. Its time over that of turning the picture, its norm and turning it back, one thread of an EPYC, torch 2.15:
+
+        channels, groups of    128, 4      256, 8      320, 10    640, 20    1280, 40
+        bfloat16               4.0 to 11   1.9 to 3.2  2.4        1.2        0.7
+        float32                0.6 to 1.4  0.4 to 0.5  0.5        0.5        0.2
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) → (b, c, h, w)."""
+        if not self._turns(x):
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+    def _turns(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == torch.bfloat16
+            and x.ndim == 4
+            and x.shape[2] * x.shape[3] < 1024
+            and self.num_channels <= 16 * self.num_groups
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not x.is_contiguous()
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
 
 
 OWN = Style()
@@ -75,7 +113,7 @@ OWN = Style()
 def group_norm(channels: int, largest: int = 32) -> nn.GroupNorm:
     """GroupNorm with at most 32 groups of at least 4 channels where the width allows."""
     groups = next(g for g in range(min(largest, max(1, channels // 4)), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    return PictureNorm(groups, channels)
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
@@ -127,15 +165,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(b, c, h, w), activated embedding (b, e) → (b, out, h', w'); ``size`` is what ``Grow`` needs."""
-        h, x = self._resized(self.style.activate(self.norm1(x))), self._resized(x)
+        h, x = self._resized(self.style.activate_fresh(self.norm1(x))), self._resized(x)
         h = self.conv1(h)
         modulation = self.embed(emb)[:, :, None, None]
         if self.style.modulation == "shift":
-            h = self.norm2(h + modulation)
+            h = self.norm2(fresh.add(h, modulation))
         else:
             scale, shift = modulation.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        out = self.skip(x) + self.conv2(self.dropout(self.style.activate(h)))
+            h = self.norm2(h)  # a line of its own: what was normalised is free then
+            h = torch.addcmul(shift, h, 1 + scale)
+        h = self.dropout(self.style.activate_fresh(h))
+        h = self.conv2(h)
+        out = fresh.add(h, self.skip(x))
         return out if self.style.skip_scale == 1.0 else out * self.style.skip_scale
 
 
@@ -210,8 +251,8 @@ class AttentionBlock(TextReader):
             hidden = expansion * channels
             self.mlp = nn.Sequential(
                 nn.LayerNorm(channels),
-                nn.Linear(channels, hidden),
-                nn.GELU(),
+                LinearGelu(channels, hidden),
+                nn.Identity(),  # where the GELU was when saved models were numbered
                 zeroed(nn.Linear(hidden, channels)),
             )
 
@@ -219,7 +260,7 @@ class AttentionBlock(TextReader):
         """(b, c, h, w), text (b, n, d) or its keys and values, mask (b, n) bool → (b, c, h, w)."""
         h, w = x.shape[-2:]
         cells = to_cells(x)
-        normed = to_cells(self.norm(x))
+        normed = to_cells(self.norm(x)).contiguous()  # else its product and the bias take two operations
         if self.places is not None:
             normed = normed + self.places(h, w)
         q, *own = split_heads(self.qkv(normed), 3 if self.cells else 1, self.head_dim)

@@ -255,7 +255,7 @@ class Skeleton(nn.Module):
         x = self._down(rungs[:cut], skips, x, *told)
         x = inner(partial(self._inside, rungs[cut:]), x, told)
         x = self._up(rungs[:cut], skips, x, *told)
-        return self.head(self.style.activate(self.norm_out(x)))
+        return self.head(self.style.activate_fresh(self.norm_out(x)))
 
     def _inside(self, rungs: list[Rung], x: Tensor, *told: Any) -> Tensor:
         """What the innermost of the outer skip connections (b, c, h, w) is joined with on the way up."""
@@ -277,7 +277,8 @@ class Skeleton(nn.Module):
     def _up(self, rungs: list[Rung], skips: list[Tensor], x: Tensor, *told: Any) -> Tensor:
         """Read skip connections, the innermost first."""
         for _, unit, grow in reversed(rungs):
-            x = self._unit(unit, torch.cat([x, skips.pop()], dim=1), *told)
+            x = torch.cat([x, skips.pop()], dim=1)  # neither of the two is held while the unit works
+            x = self._unit(unit, x, *told)
             if grow is not None:
                 x = self._apply_block(grow, x, told[0], skips[-1].shape[-2:])
         return x

@@ -6,9 +6,9 @@ Axes: b batch, c channels, h w picture, m cells, n text tokens, d width.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from imagen_kit.attention import attention
+from imagen_kit.denoisers.layers.activated import gated_gelu
 from imagen_kit.denoisers.layers.blocks import zeroed
 from imagen_kit.denoisers.layers.context import Context, TextReader, number, share
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
@@ -50,8 +50,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) → (..., d)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        return self.out(gated_gelu(self.proj, x))
 
 
 class TransformerBlock(nn.Module):
@@ -118,7 +117,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w), text (b, n, context_dim) or its keys and values, mask (b, n) bool → (b, c, h, w)."""
-        cells = self.proj_in(to_cells(self.norm(x)))
+        cells = self.proj_in(to_cells(self.norm(x)).contiguous())  # else the bias takes a pass of its own
         for block in self.transformer_blocks:
             cells = block(cells, share(context, block), mask)
         return x + to_picture(self.proj_out(cells), *x.shape[-2:])

@@ -44,6 +44,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate·branch with x and branch (b, n, d), gate (b, d)."""
+    return torch.addcmul(x, gate[:, None], branch)
+
+
 class PatchEmbed(nn.Module):
     """Squares of pixels, each projected to one token."""
 
