@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imagen_kit.bench.clock import seconds
 from imagen_kit.bench.subject import Subject
+from imagen_kit.performance.prepacking import prepack
 
 #: Sides of the square matrices, and bytes of the copies.
 SIDES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
@@ -24,6 +25,7 @@ TINY_SIDES, TINY_COPIES = (128, 256), (2**20,)
 EACH = {"cpu": 0.5, "cuda": 0.1}
 
 Ceilings = dict[str, Any]
+Make = Callable[[int, torch.device], Callable[[], Tensor]]
 
 
 class _Work(Subject):
@@ -47,8 +49,10 @@ def measure(device: torch.device, tiny: bool = False) -> Ceilings:
         tiny: small sizes only, to try the code path in no time; the numbers then mean little.
     """
     products = {}
-    for precision, make in _products(device).items():
-        best = _best(device, make, TINY_SIDES if tiny else SIDES[device.type], lambda n: 2 * n**3)
+    sides = TINY_SIDES if tiny else SIDES[device.type]
+    for precision, makes in _products(device).items():
+        found_sizes = [_best(device, make, sides, lambda n: 2 * n**3) for make in makes]
+        best = max(filter(None, found_sizes), default=None)
         if best is not None:
             products[precision] = {"flops": best[0], "side": best[1]}
     copied = _best(device, _copy, TINY_COPIES if tiny else COPIES[device.type], lambda n: 2 * n)
@@ -60,7 +64,7 @@ def measure(device: torch.device, tiny: bool = False) -> Ceilings:
 
 def _best(
     device: torch.device,
-    make: Callable[[int, torch.device], Callable[[], Tensor]],
+    make: Make,
     sizes: tuple[int, ...],
     work: Callable[[int], int],
 ) -> tuple[float, int] | None:
@@ -91,19 +95,35 @@ def _least(subject: Subject, device: torch.device) -> float:
             return least
 
 
-def _products(device: torch.device) -> dict[str, Callable[[int, torch.device], Callable[[], Tensor]]]:
-    found: dict[str, Callable[[int, torch.device], Callable[[], Tensor]]] = {
-        "fp32": _float(torch.float32),
-        "bf16": _float(torch.bfloat16),
-        "fp16": _float(torch.float16),
-        "int8": _int8,
+def _products(device: torch.device) -> dict[str, list[Make]]:
+    """The ways in which a product of each precision can be had, of which the best counts."""
+    found: dict[str, list[Make]] = {
+        "fp32": [_float(torch.float32)],
+        "bf16": [_float(torch.bfloat16)],
+        "fp16": [_float(torch.float16)],
+        "int8": [_int8],
     }
     if device.type == "cuda":
-        found |= {"tf32": _float(torch.float32, tf32=True), "fp8": _fp8}
+        found |= {"tf32": [_float(torch.float32, tf32=True)], "fp8": [_fp8]}
+    if device.type == "cpu":
+        for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            found[precision].append(_packed(dtype))
     return found
 
 
-def _float(dtype: torch.dtype, tf32: bool = False) -> Callable[[int, torch.device], Callable[[], Tensor]]:
+def _packed(dtype: torch.dtype) -> Make:
+    """By a weight that is packed, as ``imagen_kit.performance.prepacking`` has it."""
+
+    def make(n: int, device: torch.device) -> Callable[[], Tensor]:
+        layer = nn.Linear(n, n, bias=False, dtype=dtype).requires_grad_(False)
+        prepack(layer)
+        a = torch.randn(n, n).to(dtype)
+        return lambda: layer(a)
+
+    return make
+
+
+def _float(dtype: torch.dtype, tf32: bool = False) -> Make:
     def make(n: int, device: torch.device) -> Callable[[], Tensor]:
         a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
 

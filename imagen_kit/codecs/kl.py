@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from imagen_kit import fresh
 from imagen_kit.attention import attention
 from imagen_kit.codecs import register
+from imagen_kit.denoisers.layers.blocks import PictureNorm
 from imagen_kit.errors import KitError
 
 _LOGVAR = (-30.0, 20.0)  # the range the official code clamps to
@@ -306,7 +307,7 @@ def _as_weights(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _norm(dim: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, dim, eps=1e-6)
+    return PictureNorm(groups, dim, eps=1e-6)
 
 
 def _starts(length: int, tile: int, overlap: float) -> list[int]:

@@ -260,7 +260,12 @@ def test_a_memory_row_tells_the_floor():
 
 
 def test_more_pictures_are_decoded_in_the_memory_of_one():
-    options = {"options": {"widths": [32, 64], "blocks": 1}, "resolution": 128, "work": "decode", "peers": "none"}
+    options = {
+        "options": {"widths": [32, 64], "blocks": 1},
+        "resolution": 128,
+        "work": "decode",
+        "peers": "none",
+    }
     few, many = (build(Case("codec", "kl", {**options, "batch": b}), CPU)[OURS] for b in (1, 4))
     alive = [floor.measure(s.eager, CPU, s.modules[0].parameters()).alive for s in (few, many)]
     pictures = 4 * 3 * 128 * 128 * 4  # bytes of four
