@@ -86,6 +86,7 @@ class Way:
         mode: one of ``MODES``.
         attention: backend of the kit's attention.
         quantise: of the kit's weights.
+        prepack: the kit's weights, for a CPU; None leaves it to the kit where the dtype is, too.
 
     Raises:
         KitError: a value that there is not.
@@ -96,6 +97,7 @@ class Way:
     mode: str = "eager"
     attention: str | None = None
     quantise: str = "off"
+    prepack: bool | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -112,6 +114,7 @@ class Way:
             compile=MODES[self.mode][0],
             quantise=self.quantise,
             attention=self.attention,
+            prepack=self.prepack,
         )
 
     def lacks(self, device: torch.device) -> str | None:

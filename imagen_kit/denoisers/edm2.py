@@ -25,6 +25,7 @@ from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.inner import inner, place
 from imagen_kit.denoisers.layers.inputs import Inputs
 from imagen_kit.denoisers.layers.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit
+from imagen_kit.denoisers.layers.pictures import grown
 from imagen_kit.denoisers.layers.skeleton import Level, Skeleton
 from imagen_kit.errors import KitError
 
@@ -77,7 +78,7 @@ class MPBlock(nn.Module):
         if self.resample == "down":
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = grown(x)
         if not self.decoder:
             x = unit(x if self.conv_skip is None else self.conv_skip(x), [1])
         y = self.conv_res0(mp_silu(x))

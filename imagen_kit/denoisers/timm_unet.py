@@ -24,6 +24,7 @@ from imagen_kit.denoisers import register
 from imagen_kit.denoisers.layers.blocks import OWN, AttentionBlock, Grow, ResBlock, group_norm, zeroed
 from imagen_kit.denoisers.layers.context import share
 from imagen_kit.denoisers.layers.inputs import Inputs
+from imagen_kit.denoisers.layers.pictures import modulated
 from imagen_kit.denoisers.layers.skeleton import Skeleton, Unit, spec
 from imagen_kit.denoisers.layers.timm_backbone import Backbone, Features
 from imagen_kit.denoisers.layers.told import Told
@@ -68,7 +69,7 @@ class Lateral(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(b, c, h, w), activated embedding (b, e) → (b, out, h, w)."""
         scale, shift = self.embed(emb)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, self.norm(self.project(x)), 1 + scale)
+        return modulated(self.norm(self.project(x)), scale, shift)
 
 
 @register("timm_unet")

@@ -67,7 +67,7 @@ def choose(
         memory_format = memory_format or "auto"
         if prepack is None:
             prepack = performance.compile == "off" and performance.quantise == "off"
-    codec_dtype = performance.codec_dtype or (performance.dtype == "auto" and "auto") or None
+    codec_dtype = performance.codec_dtype or ("auto" if performance.dtype == "auto" else None)
     if codec_dtype == "auto":
         codec_dtype = "bf16" if dtype == "bf16" else "fp32"
     packs_here = bool(prepack) and device.type == "cpu" and packs()
@@ -75,8 +75,13 @@ def choose(
         last = dtype in ("bf16", "fp16") and device.type == "cuda"
         as_made = "channels_last" if getattr(module, "channels_last", False) else "contiguous"
         memory_format = "channels_last" if last and convolves(module) else as_made
-    told = {"dtype": dtype, "codec_dtype": codec_dtype, "memory_format": memory_format}
-    return replace(performance, **told, prepack=packs_here or None)
+    return replace(
+        performance,
+        dtype=dtype,
+        codec_dtype=codec_dtype,
+        memory_format=memory_format,
+        prepack=packs_here or None,
+    )
 
 
 def _dtype(device: torch.device, flops: float) -> str:

@@ -155,16 +155,18 @@ def _fits(layer: nn.Module) -> bool:
 
 
 def _pack(layer: nn.Module) -> None:
-    weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     layer._parameters["weight"] = PackedWeight(packed, requires_grad=False)
     layer.requires_grad_(False)
     layer.__class__ = _PACKED[type(layer)]
 
 
 def _unpack(layer: nn.Module) -> None:
-    weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
-    layer._parameters["weight"] = nn.Parameter(weight.to_dense(), requires_grad=False)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    layer._parameters["weight"] = nn.Parameter(weight.detach().to_dense(), requires_grad=False)
     layer.__class__ = layer.plain  # type: ignore[assignment]
 
 

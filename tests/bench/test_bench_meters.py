@@ -118,7 +118,7 @@ def test_what_a_device_has_not_is_left_out(monkeypatch):
     def none(n, device):
         raise RuntimeError("not implemented for 'Char'")
 
-    monkeypatch.setattr(ceilings, "_products", lambda device: {"int8": none})
+    monkeypatch.setattr(ceilings, "_products", lambda device: {"int8": [none]})
     monkeypatch.setattr(ceilings, "EACH", {"cpu": 1e-9})
     assert ceilings.measure(CPU, tiny=True)["matmul"] == {}
 

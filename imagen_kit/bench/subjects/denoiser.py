@@ -38,6 +38,7 @@ def denoiser(
     mode: str = "eager",
     attention: str | None = None,
     quantise: str = "off",
+    prepack: bool | None = None,
     tokens: int = 77,
     peers: str = "all",
 ) -> Built:
@@ -54,13 +55,14 @@ def denoiser(
         mode: eager, compile, compile_blocks, graph or compile_graph; of ours (peers have theirs by name).
         attention: backend of ours.
         quantise: of our weights.
+        prepack: our weights, for a CPU; auto has it unasked.
         tokens: text tokens, where it reads text.
         peers: all, none, or some of diffusers, diffusers compiled, imagen_pytorch, separated by commas.
 
     Raises:
         KitError: a value that there is not.
     """
-    way = Way(dtype, channels_last, mode, attention, quantise)
+    way = Way(dtype, channels_last, mode, attention, quantise, prepack)
     wanted = chosen_peers(peers, PEERS)
     module = random_network(name, network, device)
     told = random_inputs(module, batch, resolution, tokens, device)

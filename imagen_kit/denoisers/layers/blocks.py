@@ -18,6 +18,7 @@ from imagen_kit.denoisers.layers.activated import LinearGelu
 from imagen_kit.denoisers.layers.context import Context, TextReader
 from imagen_kit.denoisers.layers.embeddings import PictureCoordinates
 from imagen_kit.denoisers.layers.heads import join_heads, split_heads, to_cells, to_picture
+from imagen_kit.denoisers.layers.pictures import grown, modulated
 from imagen_kit.errors import KitError, unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -161,7 +162,7 @@ class ResBlock(nn.Module):
     def _resized(self, x: Tensor) -> Tensor:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+        return grown(x) if self.resample == "up" else x
 
     def forward(self, x: Tensor, emb: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(b, c, h, w), activated embedding (b, e) → (b, out, h', w'); ``size`` is what ``Grow`` needs."""
@@ -173,7 +174,7 @@ class ResBlock(nn.Module):
         else:
             scale, shift = modulation.chunk(2, dim=1)
             h = self.norm2(h)  # a line of its own: what was normalised is free then
-            h = torch.addcmul(shift, h, 1 + scale)
+            h = modulated(h, scale, shift)
         h = self.dropout(self.style.activate_fresh(h))
         h = self.conv2(h)
         out = fresh.add(h, self.skip(x))
@@ -202,7 +203,7 @@ class Grow(nn.Conv2d):
         self, x: Tensor, emb: Tensor | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
         """(b, c, h, w) → (b, out, *size)."""
-        return super().forward(F.interpolate(x, size=size, mode="nearest"))
+        return super().forward(grown(x, size))
 
 
 class AttentionBlock(TextReader):
