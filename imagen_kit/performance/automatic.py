@@ -5,24 +5,31 @@ convolves; float32 as the network was made on others.
 
 On a CPU that multiplies bfloat16 itself (avx512_bf16 or amx; emulated it is several times slower): bfloat16 where an
 evaluation of one picture is at least 1 GFLOP. Below that the conversions around its products cost what they save.
-The weights of linear layers are packed there (``prepacking``), unless the network is compiled or quantised. The
-memory format stays as the network was made: channels last helps small U-Nets at large sides and costs the published
-ones with attention up to a tenth.
+The weights of linear layers are packed there (``prepacking``), unless the network is compiled or quantised, and
+networks that convolve run channels last.
 
-Measured on an EPYC with avx512_bf16, one thread, torch 2.15, the float32 contiguous time over that of the choice, for
-one picture and two (``imagen-kit bench --suite cpu`` measures them again; two threads give the same signs):
+Measured on an EPYC with avx512_bf16, torch 2.15, weights packed; two threads but for the first table.
+Time in float32 over that in bfloat16, one picture and two, one thread:
 
-    network, side           GFLOP a picture   float32 last   bfloat16    bfloat16 last
-    U-Net 32-64, 16 px      0.12              1.07  1.03     0.81  0.96  0.81  0.88
-    U-Net 64-128, 16 px     0.46              1.01  0.94     1.07  1.17  1.02  1.05
-    U-Net 64-128, 32 px     1.9               0.97  1.04     1.31  1.42  1.28  1.45
-    U-Net 32-64, 64 px      2.9               1.07  1.22     1.14  1.31  1.29  1.60
-    U-Net 128-256, 32 px    7.5               0.96  1.11     1.60  1.74  1.58  1.71
-    DiT 128×6, 16 px        0.17                             0.94  1.04
-    DiT 128×6, 32 px        0.81                             1.12  1.18
-    DiT 192×6, 32 px        1.7                              1.28  1.35
-    ADM 64-128, 32 px       3.1              (8 pictures, 2 threads: bfloat16 last takes 1.09 times bfloat16)
-    DDPM for CIFAR-10       12               (4 pictures, 2 threads: 1.13 times; in float32 1.08 times)
+    network, side           GFLOP a picture
+    U-Net 32-64, 16 px      0.12              0.81  0.96
+    U-Net 64-128, 16 px     0.46              1.07  1.17
+    U-Net 64-128, 32 px     1.9               1.31  1.42
+    U-Net 32-64, 64 px      2.9               1.14  1.31
+    U-Net 128-256, 32 px    7.5               1.60  1.74
+    DiT 128×6, 16 px        0.17              0.94  1.04
+    DiT 128×6, 32 px        0.81              1.12  1.18
+    DiT 192×6, 32 px        1.7               1.28  1.35
+
+Time channels first over that of channels last:
+
+    network, side                        pictures      float32                 bfloat16
+    ADM 64-128, 32 px                    1, 2, 4, 8    0.99  1.03  1.04  1.06  1.04  1.04  1.03  1.04
+    DDPM for CIFAR-10                    1, 2, 4, 8    0.97  0.96  1.05  1.06  0.99  0.98  1.00  1.02
+    Stable Diffusion 1.5's, 32 × 32      2             1.07                    1.07
+    of its kind, 64-128-256, 32 × 32     2, 8          1.00  1.00              1.02  1.01
+    of DeepFloyd IF's kind, 64 px        2, 8          1.06  1.09              1.06  1.06
+    the pocket model's two               1, 4          1.04  1.00              1.04  1.04
 
 Compiling is left to those who ask for it: it wins a factor of 1.1 to 1.6 more there but takes 10 to 40 s.
 """
@@ -72,7 +79,7 @@ def choose(
         codec_dtype = "bf16" if dtype == "bf16" else "fp32"
     packs_here = bool(prepack) and device.type == "cpu" and packs()
     if memory_format == "auto":
-        last = dtype in ("bf16", "fp16") and device.type == "cuda"
+        last = device.type == "cpu" or (device.type == "cuda" and dtype in ("bf16", "fp16"))
         as_made = "channels_last" if getattr(module, "channels_last", False) else "contiguous"
         memory_format = "channels_last" if last and convolves(module) else as_made
     return replace(

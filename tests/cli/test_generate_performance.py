@@ -14,7 +14,7 @@ def test_generate_says_on_one_line_what_it_chose(command, tmp_path, monkeypatch)
     code, out, err = command("generate", "a star", *TINY, "-o", tmp_path / "a.png", "--device", "cpu")
     assert code == 0
     assert out.strip() == str(tmp_path / "a.png")
-    assert "cpu, 2 threads: base fp32 eager, sr fp32 eager\n" in err  # tiny's layers are too small for more
+    assert "cpu, 2 threads: base fp32 channels-last eager, sr fp32 channels-last eager\n" in err
 
 
 def test_generate_in_a_precision_unless_the_recipe_says_another(command, tmp_path):
@@ -33,7 +33,7 @@ def test_compile_seconds_are_told(command, tmp_path, monkeypatch):
     change = "stages.sr.performance.compile=blocks"
     code, _, err = command("generate", "a star", *TINY, "-o", tmp_path / "a.png", "--set", change)
     assert code == 0
-    assert "sr fp32 compiled-blocks" in err
+    assert "sr fp32 channels-last compiled-blocks" in err
     assert err.strip().endswith(" s of them compiling")
 
 

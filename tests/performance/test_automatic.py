@@ -24,9 +24,9 @@ def cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "has", "flops", "want"),
     [
-        (CONVOLVES, True, LEAST_FLOPS, ("bf16", "contiguous")),
-        (CONVOLVES, True, LEAST_FLOPS - 1, ("fp32", "contiguous")),
-        (CONVOLVES, False, LEAST_FLOPS, ("fp32", "contiguous")),
+        (CONVOLVES, True, LEAST_FLOPS, ("bf16", "channels_last")),
+        (CONVOLVES, True, LEAST_FLOPS - 1, ("fp32", "channels_last")),
+        (CONVOLVES, False, LEAST_FLOPS, ("fp32", "channels_last")),
         (PATCHES, True, LEAST_FLOPS, ("bf16", "contiguous")),
         (PATCHES, False, 1e15, ("fp32", "contiguous")),
     ],
@@ -74,7 +74,7 @@ def test_what_is_said_is_kept(cpu):
     assert choose(make(CONVOLVES), last, "cpu", 1e12) == want
     told = Performance(dtype="auto", codec_dtype="fp32", prepack=False)
     assert choose(make(CONVOLVES), told, "cpu", 1e12) == Performance(
-        dtype="bf16", codec_dtype="fp32", memory_format="contiguous"
+        dtype="bf16", codec_dtype="fp32", memory_format="channels_last"
     )
 
 

@@ -149,7 +149,7 @@ def theirs(
     dtype = TORCH[stage.performance.dtype or "fp32"]
     for part in filter(None, (model, codec)):
         part.to(dtype=dtype)
-    if stage.performance.memory_format == "channels_last":
+    if system.recipe.stages[0].performance.memory_format == "channels_last":  # asked for, not chosen for ours
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     given = system.given(dtype)
     run, eager, note = pipelines.painter(stage, model, codec, given, compiled, reader)
