@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ _now = USUAL
 
 @cache
 def _library() -> Any:
-    """glibc; None where the process has another C library."""
-    if not sys.platform.startswith("linux"):
+    """glibc; None where the process has another C library, or another allocator in front of it."""
+    if not sys.platform.startswith("linux") or "malloc" in os.environ.get("LD_PRELOAD", ""):
         return None
     try:
         library = ctypes.CDLL(None)
