@@ -98,7 +98,8 @@ def _fill() -> list[int]:
 
     What is taken is never touched, so that it occupies an address and no memory.
     """
-    library, pieces, size = _library(), [], _LARGEST
+    library, size = _library(), _LARGEST
+    pieces: list[int] = []
     library.malloc.restype = ctypes.c_void_p
     while size >= APART.mapped and len(pieces) < _MOST:
         piece = library.malloc(ctypes.c_size_t(size))

@@ -53,7 +53,6 @@ class _Packed(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
     plain: type[nn.Module]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
