@@ -19,6 +19,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import imagen_kit
 from imagen_kit import loops
 from imagen_kit.samplers import triton_sum
 
+PACKAGE = f"{Path(imagen_kit.__file__).parent}/"
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 #: Operations of which the size of the answer, or the answer itself, depends on numbers.
@@ -325,8 +328,8 @@ def _line() -> str:
     frame, found = sys._getframe(1), ""
     while frame is not None:
         name = frame.f_code.co_filename
-        if "/imagen_kit/" in name:
-            return f"{name.rpartition('/imagen_kit/')[2]}:{frame.f_lineno}"
+        if name.startswith(PACKAGE):
+            return f"{name.removeprefix(PACKAGE)}:{frame.f_lineno}"
         if not found and "/torch/" not in name and name != __file__:
             found = f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from imagen_kit import fresh
 def grown(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Nearest neighbours: (b, c, h, w) → (b, c, *size), to twice the side by default."""
     b, c, h, w = x.shape
-    if not _slow(x) or size not in (None, (2 * h, 2 * w)):
+    if not _slow(x) or torch.compiler.is_compiling() or size not in (None, (2 * h, 2 * w)):
         size = size or (2 * h, 2 * w)
         return F.interpolate(x, size=size, mode="nearest")
     rows = torch.stack((x, x), dim=-1).view(b, c, h, 2 * w)
@@ -34,5 +34,5 @@ def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _slow(x: Tensor) -> bool:
-    """Whether a picture lies channels first on a CPU and its operations are not compiled."""
-    return x.device.type == "cpu" and x.is_contiguous() and not torch.compiler.is_compiling()
+    """Whether a picture lies channels first on a CPU."""
+    return x.device.type == "cpu" and x.is_contiguous()
